@@ -1,0 +1,101 @@
+// steermoe_kernels._cpu: the CPU kernels for Python. Tensors come as addresses (0: absent) with a type each; the caller, backends/cpu.py,
+// answers for shapes, layout and lifetime.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/cpu.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+steer::Parameter parameter(std::pair<Address, int> tensor) {
+  return {reinterpret_cast<const void*>(tensor.first), static_cast<steer::DType>(tensor.second)};
+}
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+const steer::cpu::Kernels& kernels(const std::string& level) {
+  const steer::cpu::Kernels* found = steer::cpu::find_kernels(level.empty() ? nullptr : level.c_str());
+  if (found == nullptr) throw std::invalid_argument("this processor or build has no kernels for '" + level + "'");
+  return *found;
+}
+
+std::map<std::string, std::string> build_info() {
+  return {{"compiler", STEER_COMPILER}, {"flags", STEER_FLAGS}, {"simd levels", STEER_LEVELS}, {"threads", steer::cpu::parallel_runtime()}};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  using steer::Backward;
+  using steer::Forward;
+  using steer::Problem;
+  using Operand = std::pair<Address, int>;
+
+  py::class_<Problem>(module, "Problem")
+      .def(py::init([](std::array<std::int64_t, 7> sizes, bool renormalize, int norm, int pool, double eps, int stream, Operand weight,
+                       Operand bias, Operand vectors, Operand scale, Operand norm_weight, Operand norm_bias) {
+             Problem p;
+             p.batch = sizes[0], p.time = sizes[1], p.pooled = sizes[2], p.width = sizes[3], p.experts = sizes[4];
+             p.top_k = sizes[5], p.pool_size = sizes[6];
+             p.renormalize = renormalize;
+             p.norm = static_cast<steer::Norm>(norm);
+             p.pool = static_cast<steer::Pool>(pool);
+             p.eps = eps;
+             p.stream = static_cast<steer::DType>(stream);
+             p.weight = parameter(weight), p.bias = parameter(bias), p.vectors = parameter(vectors), p.scale = parameter(scale);
+             p.norm_weight = parameter(norm_weight), p.norm_bias = parameter(norm_bias);
+             return p;
+           }),
+           py::arg("sizes"), py::arg("renormalize"), py::arg("norm"), py::arg("pool"), py::arg("eps"), py::arg("stream"), py::arg("weight"),
+           py::arg("bias"), py::arg("vectors"), py::arg("scale"), py::arg("norm_weight"), py::arg("norm_bias"));
+
+  module.def(
+      "forward",
+      [](const Problem& problem, Address x, Address residual, Address y, Address normed, Address gates, Address probs, Address stats,
+         int threads, const std::string& level) {
+        const Forward call{problem,         pointer(x),     pointer(residual), pointer(y),
+                           pointer(normed), pointer(gates), pointer(probs),    pointer(stats)};
+        py::gil_scoped_release release;
+        kernels(level).forward(call, threads);
+      },
+      py::arg("problem"), py::arg("x"), py::arg("residual"), py::arg("y"), py::arg("normed"), py::arg("gates"), py::arg("probs"),
+      py::arg("stats"), py::arg("threads"), py::arg("level") = "");
+
+  module.def(
+      "backward",
+      [](const Problem& problem, Address dy, Address dnormed, Address dgates, Address y, Address gates, Address probs, Address stats,
+         std::array<Address, 7> results, int threads, const std::string& level) {
+        const Backward call{problem,
+                            pointer(dy),
+                            pointer(dnormed),
+                            pointer(dgates),
+                            pointer(y),
+                            pointer(gates),
+                            pointer(probs),
+                            pointer(stats),
+                            pointer(results[0]),
+                            pointer(results[1]),
+                            pointer(results[2]),
+                            pointer(results[3]),
+                            pointer(results[4]),
+                            pointer(results[5]),
+                            pointer(results[6])};
+        py::gil_scoped_release release;
+        kernels(level).backward(call, threads);
+      },
+      py::arg("problem"), py::arg("dy"), py::arg("dnormed"), py::arg("dgates"), py::arg("y"), py::arg("gates"), py::arg("probs"),
+      py::arg("stats"), py::arg("results"), py::arg("threads"), py::arg("level") = "");
+
+  module.def("simd_level", [] { return kernels("").name; }, "The instruction set chosen for this processor.");
+  module.def("has_level", [](const std::string& level) { return steer::cpu::find_kernels(level.c_str()) != nullptr; }, py::arg("level"));
+  module.def("build_info", &build_info, "How the module was compiled, and the OpenMP runtime it shares.");
+}

@@ -1,0 +1,296 @@
+// Backward of a steering pass on the CPU, in one walk over dy, dn and y. Nothing of the forward's interior was kept: the step is undone.
+//
+//   xhat = (p - mean) rstd       t = dn gamma       p = pool(y)
+//   dp = rstd (t - mean(t) - xhat mean(t xhat))     d = dy + unpool(dp)
+//   a  = d V^T      ds = sum g a      dg = s a + dg_ext
+//   dz = g (dg - sum_e g dg)          du = d + dz W
+//   dW = dz^T u     db = sum dz       dV = s g^T d
+//
+// u = y - s (g V) is not even recomputed, a frame at a time: with G = dz^T g, an (E, E) sum, dW = dz^T y - s G V.
+//
+// Each shard sums its own dW, dV, ...; a second pass adds the shards up in order, so that results repeat to the bit.
+#pragma once
+
+#include <vector>
+
+#include "operands.h"
+#include "parallel.h"
+#include "routing.h"
+
+namespace steer::cpu::STEER_NAMESPACE {
+
+// One shard's sums. What is small is summed in double: the sums are long.
+template <typename C>
+struct Partial {
+  Buffer<C> dW, dV, dgamma, dbeta;
+  std::vector<double> G, db;
+  double ds = 0;
+
+  Partial(const Backward& call, std::int64_t stride) {
+    const Problem& p = call.problem;
+    const auto zeros = [](Buffer<C>& buffer, std::int64_t count) { std::fill_n(buffer.reserve(count), count, C(0)); };
+    if (call.dweight != nullptr) {
+      zeros(dW, p.experts * stride);  // dz^T y, until G V is taken off
+      G.assign(p.experts * p.experts, 0.0);
+    }
+    if (call.dvectors != nullptr) zeros(dV, p.experts * stride);
+    if (call.dnorm_weight != nullptr) zeros(dgamma, stride);
+    if (call.dnorm_bias != nullptr) zeros(dbeta, stride);
+    db.assign(p.experts, 0.0);
+  }
+};
+
+template <typename C, typename S>
+class BackwardPass {
+  using V = Vector<C>;
+  static constexpr int kLanes = V::kLanes;
+  static constexpr int kBlock = 4 * V::kRows;  // rows whose outer products are added up before they touch dW and dV
+
+ public:
+  BackwardPass(const Backward& call, const Operands<C>& operands, Partial<C>& partial)
+      : call_(call), p_(call.problem), operands_(operands), partial_(partial), stride_(operands.stride) {
+    const bool routed = call.du != nullptr || call.dweight != nullptr || call.dbias != nullptr;
+    needs_dz_ = routed;
+    needs_a_ = routed || call.dscale != nullptr;
+    const std::int64_t E = p_.experts, rows = 2 * kBlock + 4;
+    scratch_.reserve(rows * stride_ + (2 * kBlock + V::kRows + 1) * E);
+    C* next = scratch_.data();
+    const auto take = [&next](std::int64_t count) { return std::exchange(next, next + count); };
+    y_ = take(kBlock * stride_);
+    d_ = take(kBlock * stride_);
+    pooled_ = take(stride_);
+    dp_ = take(stride_);
+    t_ = take(stride_);
+    zero_ = take(stride_);
+    std::fill(y_, zero_ + stride_, C(0));
+    dz_ = take(kBlock * E);
+    sg_ = take(kBlock * E);
+    a_ = take(V::kRows * E);
+    dg_ = take(E);
+    if (p_.pool == Pool::kMax) argmax_.resize(p_.width);
+  }
+
+  void run(Shard shard) {
+    for (std::int64_t row = shard.first; row < shard.last; row += kBlock) block(row, std::min<std::int64_t>(kBlock, shard.last - row));
+  }
+
+ private:
+  void block(std::int64_t first, std::int64_t count) {
+    std::int64_t r = 0;
+    for (; r + V::kRows <= count; r += V::kRows) differentiate_rows<V::kRows>(first + r, r);
+    for (; r < count; ++r) differentiate_rows<1>(first + r, r);
+    for (; r < kBlock; ++r) {  // absent rows of a short block: zeros times zero
+      y_rows_[r] = d_rows_[r] = zero_;
+      std::fill_n(dz_ + r * p_.experts, p_.experts, C(0));
+      std::fill_n(sg_ + r * p_.experts, p_.experts, C(0));
+    }
+    if (call_.dweight != nullptr) {
+      outer<C, kBlock>(y_rows_, dz_, p_.experts, stride_, partial_.dW.data());
+      add_to_G(static_cast<const C*>(call_.gates) + first * p_.experts, count);
+    }
+    if (call_.dvectors != nullptr) outer<C, kBlock>(d_rows_, sg_, p_.experts, stride_, partial_.dV.data());
+  }
+
+  // G += dz^T g over the rows of a block.
+  void add_to_G(const C* gates, std::int64_t count) {
+    const std::int64_t E = p_.experts;
+    for (std::int64_t e = 0; e < E; ++e) {
+      std::fill_n(dg_, E, C(0));
+      for (std::int64_t r = 0; r < count; ++r)
+        for (std::int64_t f = 0; f < E; ++f) dg_[f] += dz_[r * E + e] * gates[r * E + f];
+      for (std::int64_t f = 0; f < E; ++f) partial_.G[e * E + f] += dg_[f];
+    }
+  }
+
+  // Rows first .. first + R, the rows `at` .. of this block.
+  template <int R>
+  void differentiate_rows(std::int64_t first, std::int64_t at) {
+    const std::int64_t D = p_.width, E = p_.experts;
+    const C s = operands_.s;
+    const C* g = static_cast<const C*>(call_.gates) + first * E;
+    const C** d = d_rows_ + at;
+    for (int r = 0; r < R; ++r) d[r] = gradient_at_y(first + r, d_ + (at + r) * stride_);
+
+    if (call_.dvectors != nullptr)
+      for (std::int64_t i = 0; i < R * E; ++i) sg_[at * E + i] = s * g[i];
+
+    if (call_.dweight != nullptr)
+      for (int r = 0; r < R; ++r) y_rows_[at + r] = widened_y(first + r, y_ + (at + r) * stride_);
+
+    if (!needs_a_) return;
+    dots<C, R>(d, operands_.V, E, stride_, a_);
+    C* dz = dz_ + at * E;
+    for (int r = 0; r < R; ++r) {
+      const std::int64_t row = (first + r) * E;
+      const C *a = a_ + r * E, *gates = g + r * E;
+      for (std::int64_t e = 0; e < E; ++e) partial_.ds += static_cast<double>(gates[e]) * a[e];
+      if (!needs_dz_) continue;
+      const C* external = call_.dgates == nullptr ? nullptr : static_cast<const C*>(call_.dgates) + row;
+      const C* probs = call_.probs == nullptr ? nullptr : static_cast<const C*>(call_.probs) + row;
+      for (std::int64_t e = 0; e < E; ++e) dg_[e] = s * a[e] + (external == nullptr ? C(0) : external[e]);
+      route_backward(gates, probs, dg_, E, dz + r * E);
+      for (std::int64_t e = 0; e < E; ++e) partial_.db[e] += dz[r * E + e];
+    }
+    if (call_.du == nullptr) return;
+    // While this loop computes, the next rows are fetched.
+    S* du = static_cast<S*>(call_.du) + first * D;
+    const std::int64_t next = (first + R) * D;
+    const S* next_y = static_cast<const S*>(call_.y) + next;
+    const S* next_dy = call_.dy == nullptr ? next_y : static_cast<const S*>(call_.dy) + next;
+    const S* next_dn = call_.dnormed == nullptr || p_.pool != Pool::kNone ? next_dy : static_cast<const S*>(call_.dnormed) + next;
+    mix<C, R>(dz, operands_.W, E, D, [&](auto whole, int r, std::int64_t c, V dzW) {
+      prefetch(next_y + r * D + c);
+      prefetch(next_dy + r * D + c);
+      prefetch(next_dn + r * D + c);
+      store_up_to(V::load(d[r] + c) + dzW, du + r * D + c, D - c, whole);
+    });
+  }
+
+  const C* widened_y(std::int64_t row, C* scratch) const {
+    return widen_row<C>(static_cast<const S*>(call_.y) + row * p_.width, p_.width, stride_, scratch);
+  }
+
+  // d = dy + unpool(dp), a row at a time and in order; dy itself where that is all.
+  const C* gradient_at_y(std::int64_t row, C* scratch) {
+    const S* dy = call_.dy == nullptr ? nullptr : static_cast<const S*>(call_.dy) + row * p_.width;
+    if (call_.dnormed == nullptr) return dy == nullptr ? zero_ : widen_row<C>(dy, p_.width, stride_, scratch);
+    if (p_.pool == Pool::kNone) {
+      norm_backward(row, widened_y(row, pooled_), dy, scratch);
+      return scratch;
+    }
+    const std::int64_t clip = row / p_.time, t = row % p_.time, at = t % p_.pool_size;
+    const std::int64_t frames = std::min(p_.pool_size, p_.time - (t - at));
+    if (at == 0) {
+      pool_window(row, frames);
+      norm_backward(clip * p_.pooled + t / p_.pool_size, pooled_, nullptr, dp_);
+    }
+    for (std::int64_t c = 0; c < p_.width; ++c) {
+      const C share = p_.pool == Pool::kMean ? dp_[c] / C(frames) : (argmax_[c] == at ? dp_[c] : C(0));
+      scratch[c] = share + (dy == nullptr ? C(0) : static_cast<C>(widen(dy[c])));
+    }
+    return scratch;
+  }
+
+  // p = pool(y) over the window that starts at `row`, and which frame each maximum came from: the first of equal ones.
+  void pool_window(std::int64_t row, std::int64_t frames) {
+    const S* y = static_cast<const S*>(call_.y) + row * p_.width;
+    for (std::int64_t c = 0; c < p_.width; ++c) pooled_[c] = static_cast<C>(widen(y[c]));
+    if (p_.pool == Pool::kMax) std::fill(argmax_.begin(), argmax_.end(), 0);
+    for (std::int64_t f = 1; f < frames; ++f)
+      for (std::int64_t c = 0; c < p_.width; ++c) {
+        const C value = static_cast<C>(widen(y[f * p_.width + c]));
+        if (p_.pool == Pool::kMean) {
+          pooled_[c] += value;
+        } else if (value > pooled_[c] || value != value) {
+          pooled_[c] = value;
+          argmax_[c] = static_cast<std::int32_t>(f);
+        }
+      }
+    if (p_.pool == Pool::kMean)
+      for (std::int64_t c = 0; c < p_.width; ++c) pooled_[c] /= C(frames);
+  }
+
+  // out = rstd (t - mean(t) - xhat mean(t xhat)), plus dy where given; RMSNorm: without mean(t).
+  void norm_backward(std::int64_t row, const C* p, const S* dy, C* out) {
+    const std::int64_t D = p_.width;
+    const C* stats = static_cast<const C*>(call_.stats);
+    const C mean = stats[row], rstd = stats[p_.batch * p_.pooled + row];
+    const S* dn = static_cast<const S*>(call_.dnormed) + row * D;
+    const C* gamma = operands_.gamma;
+    C *dgamma = partial_.dgamma.data(), *dbeta = partial_.dbeta.data();
+    const V center = V::set(mean), scale = V::set(rstd);
+    V sum_t = V::zero(), sum_tx = V::zero();
+    for (std::int64_t c = 0; c < D; c += kLanes) {
+      const V incoming = load_up_to<C>(dn + c, D - c);  // zero past the end: adds nothing to the sums
+      const V xhat = (V::load(p + c) - center) * scale;
+      const V t = gamma == nullptr ? incoming : incoming * V::load(gamma + c);
+      t.store(t_ + c);
+      sum_t = sum_t + t;
+      sum_tx = fma(t, xhat, sum_tx);
+      if (dgamma != nullptr) fma(incoming, xhat, V::load(dgamma + c)).store(dgamma + c);
+      if (dbeta != nullptr) (V::load(dbeta + c) + incoming).store(dbeta + c);
+    }
+    const V mean_t = V::set(p_.norm == Norm::kLayer ? sum_t.sum() / C(D) : C(0));
+    const V mean_tx = V::set(sum_tx.sum() / C(D));
+    for (std::int64_t c = 0; c < D; c += kLanes) {
+      const V xhat = (V::load(p + c) - center) * scale;
+      V value = (V::load(t_ + c) - mean_t - xhat * mean_tx) * scale;
+      if (dy != nullptr) value = value + load_up_to<C>(dy + c, D - c);
+      store_up_to(value, out + c, D - c);  // what lies behind the row stays zero
+    }
+  }
+
+  const Backward& call_;
+  const Problem& p_;
+  const Operands<C>& operands_;
+  Partial<C>& partial_;
+  std::int64_t stride_;
+  bool needs_a_, needs_dz_;
+  Buffer<C> scratch_;
+  C *y_, *d_, *pooled_, *dp_, *t_, *zero_, *dz_, *sg_, *a_, *dg_;
+  const C* y_rows_[kBlock];
+  const C* d_rows_[kBlock];
+  std::vector<std::int32_t> argmax_;
+};
+
+// dW -= s G V, by rows of the blocked matrices.
+template <typename C>
+void subtract_GV(Partial<C>& partial, const Operands<C>& operands, std::int64_t experts) {
+  C* dW = partial.dW.data();
+  const C* V = operands.V;
+  for (std::int64_t d = 0; d < operands.stride; d += kColumns<C>, dW += experts * kColumns<C>, V += experts * kColumns<C>)
+    for (std::int64_t e = 0; e < experts; ++e)
+      for (std::int64_t f = 0; f < experts; ++f) {
+        const C weight = static_cast<C>(operands.s * partial.G[e * experts + f]);
+        for (int c = 0; c < kColumns<C>; ++c) dW[e * kColumns<C> + c] -= weight * V[f * kColumns<C> + c];
+      }
+}
+
+// out (rows, width) = the sum over shards of partials, which are `rows` blocked rows.
+template <typename C>
+void add_up(std::vector<std::unique_ptr<Partial<C>>>& partials, Buffer<C> Partial<C>::* sums, std::int64_t rows, std::int64_t width,
+            void* result) {
+  if (result == nullptr) return;
+  C* out = static_cast<C*>(result);
+  for (std::int64_t d = 0; d < width; d += kColumns<C>) {
+    const std::int64_t columns = std::min<std::int64_t>(kColumns<C>, width - d);
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const std::int64_t at = blocked<C>(row, d, rows);
+      std::copy_n((*partials[0].*sums).data() + at, columns, out + row * width + d);
+      for (std::size_t shard = 1; shard < partials.size(); ++shard) {
+        const C* from = (*partials[shard].*sums).data() + at;
+        for (std::int64_t c = 0; c < columns; ++c) out[row * width + d + c] += from[c];
+      }
+    }
+  }
+}
+
+template <typename C, typename S>
+void backward(const Backward& call, int threads) {
+  const Problem& p = call.problem;
+  const Operands<C> operands(p);
+  const int shards = useful_shards(p, threads);
+  std::vector<std::unique_ptr<Partial<C>>> partials(shards);
+  parallel(shards, threads, [&](int shard) {
+    partials[shard] = std::make_unique<Partial<C>>(call, operands.stride);
+    BackwardPass<C, S>(call, operands, *partials[shard]).run(shard_of(p, shard, shards));
+  });
+
+  const std::int64_t D = p.width, E = p.experts;
+  if (call.dweight != nullptr)
+    for (const auto& part : partials) subtract_GV(*part, operands, E);
+  add_up(partials, &Partial<C>::dW, E, D, call.dweight);
+  add_up(partials, &Partial<C>::dV, E, D, call.dvectors);
+  add_up(partials, &Partial<C>::dgamma, 1, D, call.dnorm_weight);
+  add_up(partials, &Partial<C>::dbeta, 1, D, call.dnorm_bias);
+  double ds = 0;
+  std::vector<double> db(E, 0.0);
+  for (const auto& part : partials) {
+    ds += part->ds;
+    for (std::int64_t e = 0; e < E; ++e) db[e] += part->db[e];
+  }
+  if (call.dscale != nullptr) *static_cast<C*>(call.dscale) = static_cast<C>(ds);
+  if (call.dbias != nullptr) std::copy(db.begin(), db.end(), static_cast<C*>(call.dbias));
+}
+
+}  // namespace steer::cpu::STEER_NAMESPACE

@@ -1,0 +1,176 @@
+// Forward of a steering pass on the CPU: one walk over the frames, a few rows at a time, which stay in the first cache level between the
+// router's dot products and the norm.
+//
+//   u = x + r    z = u W^T + b    g = route(z)    y = u + s (g V)    p = pool(y)    n = norm(p)
+#pragma once
+
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "operands.h"
+#include "parallel.h"
+#include "routing.h"
+
+namespace steer::cpu::STEER_NAMESPACE {
+
+template <typename C, typename S>
+class ForwardPass {
+  using V = Vector<C>;
+  static constexpr int kLanes = V::kLanes;
+
+ public:
+  // `bfloat16_W`: the router's rows in blocks of bfloat16, where dot products of bfloat16 compute the same u W^T; else null.
+  ForwardPass(const Forward& call, const Operands<C>& operands, const BFloat16* bfloat16_W)
+      : call_(call), p_(call.problem), operands_(operands), bfloat16_W_(bfloat16_W), stride_(operands.stride) {
+    const std::int64_t rows = V::kRows;
+    scratch_.reserve((rows + 2) * stride_ + (rows + 1) * p_.experts);
+    C* next = scratch_.data();
+    const auto take = [&next](std::int64_t count) { return std::exchange(next, next + count); };
+    u_ = take(rows * stride_);
+    y_ = take(stride_);
+    pooled_ = take(stride_);
+    z_ = take(rows * p_.experts);
+    selected_ = take(p_.experts);
+    order_.resize(p_.experts);
+    // Rows are widened up to `width`; what lies behind it must be zero, and stays so.
+    std::fill(u_, u_ + (rows + 2) * stride_, C(0));
+  }
+
+  void run(Shard shard) {
+    std::int64_t row = shard.first;
+    for (; row + V::kRows <= shard.last; row += V::kRows) steer_rows<V::kRows>(row);
+    for (; row < shard.last; ++row) steer_rows<1>(row);
+  }
+
+ private:
+  template <int R>
+  void steer_rows(std::int64_t first) {
+    const std::int64_t D = p_.width, E = p_.experts;
+    const S* x = static_cast<const S*>(call_.x) + first * D;
+    S* y = static_cast<S*>(call_.y) + first * D;
+
+    const C* u[R];
+    for (int r = 0; r < R; ++r) u[r] = add_residual(x + r * D, first + r, u_ + r * stride_);
+
+    router_logits<R>(u, x);
+    C* g = static_cast<C*>(call_.gates) + first * E;
+    for (int r = 0; r < R; ++r) {
+      C* z = z_ + r * E;
+      if (const C* b = operands_.b)
+        for (std::int64_t e = 0; e < E; ++e) z[e] += b[e];
+      C* probs = call_.probs == nullptr ? nullptr : static_cast<C*>(call_.probs) + (first + r) * E;
+      route(z, p_, g + r * E, probs, order_.data(), selected_);
+    }
+
+    // While this loop computes, the next rows are fetched: the dot products would have to wait for them.
+    const V s = V::set(operands_.s);
+    const S* next = x + R * D;
+    const S* next_residual = call_.residual == nullptr ? nullptr : static_cast<const S*>(call_.residual) + (first + R) * D;
+    mix<C, R>(g, operands_.V, E, D, [&](auto whole, int r, std::int64_t d, V gv) {
+      prefetch(next + r * D + d);
+      if (next_residual != nullptr) prefetch(next_residual + r * D + d);
+      store_up_to(fma(s, gv, V::load(u[r] + d)), y + r * D + d, D - d, whole);
+    });
+    if (p_.norm == Norm::kNone) return;
+    // The norm reads y as it was stored, rounded: the backward has nothing else, and must find the same xhat and maxima.
+    for (int r = 0; r < R; ++r) pool_and_norm(first + r, widen_row<C>(y + r * D, D, stride_, y_));
+  }
+
+  // z = u W^T, without b.
+  template <int R>
+  void router_logits(const C* const* u, [[maybe_unused]] const S* x) {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<S, BFloat16>)
+      if (bfloat16_W_ != nullptr) {
+        const BFloat16* rows[R];
+        for (int r = 0; r < R; ++r) rows[r] = x + r * p_.width;
+        return dots<R>(rows, bfloat16_W_, p_.experts, stride_, z_);
+      }
+#endif
+    dots<C, R>(u, operands_.W, p_.experts, stride_, z_);
+  }
+
+  // u = x + r, widened; x itself where that is the same.
+  const C* add_residual(const S* x, std::int64_t row, C* scratch) const {
+    if (call_.residual == nullptr) return widen_row<C>(x, p_.width, stride_, scratch);
+    const S* residual = static_cast<const S*>(call_.residual) + row * p_.width;
+    for (std::int64_t d = 0; d < p_.width; d += kLanes)
+      (load_up_to<C>(x + d, p_.width - d) + load_up_to<C>(residual + d, p_.width - d)).store(scratch + d);
+    return scratch;
+  }
+
+  // Rows come in order: the first of a window starts the pool, the last one ends it.
+  void pool_and_norm(std::int64_t row, const C* y) {
+    if (p_.pool == Pool::kNone) return norm(row, y);
+    const std::int64_t clip = row / p_.time, t = row % p_.time, at = t % p_.pool_size;
+    if (at == 0)
+      std::copy(y, y + stride_, pooled_);
+    else if (p_.pool == Pool::kMax)
+      for (std::int64_t d = 0; d < p_.width; ++d) pooled_[d] = (y[d] > pooled_[d] || y[d] != y[d]) ? y[d] : pooled_[d];
+    else
+      for (std::int64_t d = 0; d < p_.width; ++d) pooled_[d] += y[d];
+    if (at + 1 < p_.pool_size && t + 1 < p_.time) return;
+    if (p_.pool == Pool::kMean)
+      for (std::int64_t d = 0; d < p_.width; ++d) pooled_[d] /= C(at + 1);
+    norm(clip * p_.pooled + t / p_.pool_size, pooled_);
+  }
+
+  void norm(std::int64_t row, const C* p) const {
+    const std::int64_t D = p_.width, whole = D / kLanes * kLanes;
+    C mean = 0;
+    if (p_.norm == Norm::kLayer) {
+      V sum = V::zero();
+      for (std::int64_t d = 0; d < stride_; d += kLanes) sum = sum + V::load(p + d);
+      mean = sum.sum() / C(D);
+    }
+    const V center = V::set(mean);
+    V squares = V::zero();
+    for (std::int64_t d = 0; d < whole; d += kLanes) {
+      const V t = V::load(p + d) - center;
+      squares = fma(t, t, squares);
+    }
+    C variance = squares.sum();
+    for (std::int64_t d = whole; d < D; ++d) variance += (p[d] - mean) * (p[d] - mean);
+    const C rstd = C(1) / std::sqrt(variance / C(D) + C(p_.eps));
+
+    C* stats = static_cast<C*>(call_.stats);
+    stats[row] = mean;
+    stats[p_.batch * p_.pooled + row] = rstd;
+    S* n = static_cast<S*>(call_.normed) + row * D;
+    const C *gamma = operands_.gamma, *beta = operands_.beta;
+    const V scale = V::set(rstd);
+    for (std::int64_t d = 0; d < D; d += kLanes) {
+      V value = (V::load(p + d) - center) * scale;
+      if (gamma != nullptr) value = value * V::load(gamma + d);
+      if (beta != nullptr) value = value + V::load(beta + d);
+      store_up_to(value, n + d, D - d);
+    }
+  }
+
+  const Forward& call_;
+  const Problem& p_;
+  const Operands<C>& operands_;
+  const BFloat16* bfloat16_W_;
+  std::int64_t stride_;
+  Buffer<C> scratch_;
+  C *u_, *y_, *pooled_, *z_, *selected_;
+  std::vector<std::int32_t> order_;
+};
+
+template <typename C, typename S>
+void forward(const Forward& call, int threads) {
+  const Problem& p = call.problem;
+  const Operands<C> operands(p);
+  Blocked<C, BFloat16> bfloat16_W;
+#if defined(__AVX512BF16__)
+  // Only where u and W are bfloat16 as they come, so that no product is rounded.
+  if (p.stream == DType::kBFloat16 && p.weight.dtype == DType::kBFloat16 && call.residual == nullptr && p.width == operands.stride)
+    bfloat16_W = Blocked<C, BFloat16>(p.weight, p.experts, p.width, operands.stride);
+#endif
+  // Shards of a fraction of a thread's share even out a core that is busy with something else.
+  const int shards = useful_shards(p, threads == 1 ? 1 : 4 * threads);
+  parallel(shards, threads, [&](int shard) { ForwardPass<C, S>(call, operands, bfloat16_W.get()).run(shard_of(p, shard, shards)); });
+}
+
+}  // namespace steer::cpu::STEER_NAMESPACE

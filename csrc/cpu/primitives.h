@@ -1,0 +1,164 @@
+// The three loops that do nearly all the arithmetic, over rows of D numbers padded with zeros to `stride`, a multiple of kColumns:
+//
+//   dots    z[r][e]   = sum_d rows[r][d] M[e][d]        logits u W^T, and a = d V^T
+//   mix     out[r][d] = sum_e c[r][e] M[e][d]           g V, and dz W
+//   outer   acc[e][d] += sum_r c[r][e] rows[r][d]       dW = dz^T u, and dV = (s g)^T d
+//
+// M and acc (E, D) lie in blocks of kColumns columns, all experts of a block together (`Blocked`), so that every loop walks through
+// memory in order: with whole rows, widths like 1024 put all experts into the same few cache sets. The tiles are shaped to be bound by
+// multiply-adds, not by loads: a register of M serves R rows.
+#pragma once
+
+#include <type_traits>
+
+#include "vector.h"
+
+namespace steer::cpu::STEER_NAMESPACE {
+
+constexpr int kRegisters = 4;  // registers a block is wide
+
+template <typename C>
+constexpr int kColumns = kRegisters * Vector<C>::kLanes;
+
+// Element (e, d) of a blocked matrix.
+template <typename C>
+inline std::int64_t blocked(std::int64_t e, std::int64_t d, std::int64_t experts) {
+  return (d / kColumns<C> * experts + e) * kColumns<C> + d % kColumns<C>;
+}
+
+// A register tile of R rows and X experts: R * X accumulators.
+template <typename C, int R, int X>
+inline void dots_tile(const C* const* rows, const C* M, std::int64_t experts, std::int64_t stride, C* z) {
+  using V = Vector<C>;
+  V sums[R][X];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int e = 0; e < X; ++e) sums[r][e] = V::zero();
+  for (std::int64_t d = 0; d < stride; d += kColumns<C>, M += experts * kColumns<C>)
+    for (int k = 0; k < kColumns<C>; k += V::kLanes) {
+      V u[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) u[r] = V::load(rows[r] + d + k);
+#pragma GCC unroll 8
+      for (int e = 0; e < X; ++e) {
+        const V m = V::load(M + e * kColumns<C> + k).kept();
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[r][e] = fma(u[r], m, sums[r][e]);
+      }
+    }
+  for (int r = 0; r < R; ++r)
+    for (int e = 0; e < X; ++e) z[r * experts + e] = sums[r][e].sum();
+}
+
+template <typename C, int R>
+void dots(const C* const* rows, const C* M, std::int64_t experts, std::int64_t stride, C* z) {
+  constexpr int X = Vector<C>::kExperts;
+  std::int64_t e = 0;
+  for (; e + X <= experts; e += X) dots_tile<C, R, X>(rows, M + e * kColumns<C>, experts, stride, z + e);
+  for (; e + 2 <= experts; e += 2) dots_tile<C, R, 2>(rows, M + e * kColumns<C>, experts, stride, z + e);
+  for (; e < experts; ++e) dots_tile<C, R, 1>(rows, M + e * kColumns<C>, experts, stride, z + e);
+}
+
+#if defined(__AVX512BF16__)
+
+// The same on pairs of bfloat16 with the processor's own dot product: exact products, float32 sums, half the instructions. `rows` and M
+// are bfloat16; M lies in the same blocks of kColumns<float> columns, and rows are whole blocks.
+template <int R, int X>
+inline void dots_tile(const BFloat16* const* rows, const BFloat16* M, std::int64_t experts, std::int64_t stride, float* z) {
+  constexpr int kPairs = 2 * Vector<float>::kLanes;
+  const auto load = [](const BFloat16* p) {
+    __m512bh value;
+    std::memcpy(&value, p, sizeof(value));
+    return value;
+  };
+  __m512 sums[R][X];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int e = 0; e < X; ++e) sums[r][e] = _mm512_setzero_ps();
+  for (std::int64_t d = 0; d < stride; d += kColumns<float>, M += experts * kColumns<float>)
+    for (int k = 0; k < kColumns<float>; k += kPairs) {
+      __m512bh u[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) u[r] = load(rows[r] + d + k);
+#pragma GCC unroll 8
+      for (int e = 0; e < X; ++e) {
+        const __m512bh m = load(M + e * kColumns<float> + k);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[r][e] = _mm512_dpbf16_ps(sums[r][e], u[r], m);
+      }
+    }
+  for (int r = 0; r < R; ++r)
+    for (int e = 0; e < X; ++e) z[r * experts + e] = _mm512_reduce_add_ps(sums[r][e]);
+}
+
+template <int R>
+void dots(const BFloat16* const* rows, const BFloat16* M, std::int64_t experts, std::int64_t stride, float* z) {
+  constexpr int X = Vector<float>::kExperts;
+  std::int64_t e = 0;
+  for (; e + X <= experts; e += X) dots_tile<R, X>(rows, M + e * kColumns<float>, experts, stride, z + e);
+  for (; e < experts; ++e) dots_tile<R, 1>(rows, M + e * kColumns<float>, experts, stride, z + e);
+}
+
+#endif
+
+template <typename C, int R, bool whole, typename Emit>
+[[gnu::always_inline]] inline void mix_block(const C* c, const C* M, std::int64_t experts, std::int64_t d, Emit& emit) {
+  using V = Vector<C>;
+  constexpr int K = kRegisters;
+  V sums[R][K];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) sums[r][k] = V::zero();
+  for (std::int64_t e = 0; e < experts; ++e, M += kColumns<C>) {
+    V m[K];
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) m[k] = V::load(M + k * V::kLanes).kept();
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const V weight = V::set(c[r * experts + e]);
+#pragma GCC unroll 8
+      for (int k = 0; k < K; ++k) sums[r][k] = fma(weight, m[k], sums[r][k]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) emit(std::bool_constant<whole>(), r, d + k * V::kLanes, sums[r][k]);
+}
+
+// `emit(whole, r, d, value)` takes one register of row r, from column d on. `whole` (a constant) tells that all of it lies within the
+// row's `width` columns; the block that does not is kept out of the loop, since the calls it makes would push the sums to the stack.
+template <typename C, int R, typename Emit>
+inline void mix(const C* c, const C* M, std::int64_t experts, std::int64_t width, Emit&& emit) {
+  std::int64_t d = 0;
+  for (; d + kColumns<C> <= width; d += kColumns<C>, M += experts * kColumns<C>) mix_block<C, R, true>(c, M, experts, d, emit);
+  if (d < width) mix_block<C, R, false>(c, M, experts, d, emit);
+}
+
+// Adds R rows at once: R multiply-adds for one load and one store of the accumulator, and short chains of sums, which round less.
+template <typename C, int R>
+void outer(const C* const* rows, const C* c, std::int64_t experts, std::int64_t stride, C* acc) {
+  using V = Vector<C>;
+  static_assert(R % 2 == 0);
+  for (std::int64_t d = 0; d < stride; d += kColumns<C>, acc += experts * kColumns<C>)
+    for (int k = 0; k < kColumns<C>; k += V::kLanes) {
+      V u[R];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) u[r] = V::load(rows[r] + d + k).kept();
+      for (std::int64_t e = 0; e < experts; ++e) {
+        V even = V::zero(), odd = V::zero();
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r += 2) {
+          even = fma(V::set(c[r * experts + e]), u[r], even);
+          odd = fma(V::set(c[(r + 1) * experts + e]), u[r + 1], odd);
+        }
+        C* out = acc + e * kColumns<C> + k;
+        (V::load(out) + (even + odd)).store(out);
+      }
+    }
+}
+
+}  // namespace steer::cpu::STEER_NAMESPACE

@@ -1,0 +1,83 @@
+"""Builds the compiled modules with CMake and Ninja; everything else is in pyproject.toml.
+
+Environment: STEERMOE_CPU=0 leaves the C++ module out (pure Python, backends `reference` and `triton`). STEERMOE_CUDA=1 makes a missing
+nvcc an error and 0 skips CUDA; STEERMOE_CUDA_ARCHS overrides the architectures. CUDA sources are built once csrc/cuda holds some.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+
+
+def wants_cpu() -> bool:
+    return os.environ.get("STEERMOE_CPU", "1") != "0"
+
+
+def wants_cuda() -> bool:
+    wish = os.environ.get("STEERMOE_CUDA")
+    sources = any((ROOT / "csrc" / "cuda").glob("*.cu"))
+    if wish == "0":
+        return False
+    nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc")) is not None
+    if wish == "1" and not sources:
+        sys.exit("error: STEERMOE_CUDA=1, but this release has no CUDA sources: leave it unset, and use backend='triton'")
+    if wish == "1" and not nvcc:
+        sys.exit("error: STEERMOE_CUDA=1, but nvcc is not on the PATH: install the CUDA toolkit, or leave it unset")
+    return sources and nvcc
+
+
+def check_compiler() -> None:
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None and shutil.which("g++") is None and shutil.which("clang++") is None:
+        sys.exit(
+            f"error: no C++ compiler found ({compiler}): install g++ 9 or newer (Debian, Ubuntu: apt install g++), "
+            "or set STEERMOE_CPU=0 for a pure-Python install with the slower 'reference' backend"
+        )
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake once for all modules; they land beside the Python files."""
+
+    def run(self) -> None:
+        check_compiler()
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DSTEERMOE_OUTPUT={output}",
+        ]
+        if wants_cuda():
+            configure += ["-DSTEERMOE_CUDA=ON", f"-DSTEERMOE_CUDA_ARCHS={os.environ.get('STEERMOE_CUDA_ARCHS', '')}"]
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", str(build)], check=True)
+        except FileNotFoundError as error:
+            sys.exit(f"error: {error.filename} not found: install cmake and ninja, or build with pip's isolation on")
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"error: building the C++ kernels failed ({' '.join(error.cmd[:2])}); STEERMOE_CPU=0 installs without them")
+
+
+setup(
+    ext_modules=[Extension("steermoe_kernels._cpu", sources=[])] if wants_cpu() else [],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,121 @@
+"""The backends: one module each, found by name, all with the same functions.
+
+A backend is a module (or package) in this folder. It defines
+
+``unavailable() -> str | None``
+    None if it can run on this machine, else the reason in one sentence. Must not compile, tune or initialise a driver.
+``rejects(device, dtype) -> str | None``
+    None if it takes a stream of this ``torch.device`` and ``torch.dtype``, else the reason.
+``AUTO_DEVICES: frozenset[str]`` and ``PRIORITY: int``
+    The device types for which ``backend="auto"`` may choose it; of several, the highest priority wins.
+``steer_forward(x, residual, weight, bias, vectors, scale, norm_weight, norm_bias, options) -> (y, normed, gates, probs, stats)``
+    Equations of `steermoe_kernels.reference`. ``x`` and ``residual`` (B, T, D) are contiguous and of one dtype, never empty;
+    parameters are contiguous, of any floating dtype. The pool and the norm read ``y`` as it is stored, rounded: the backward has nothing
+    else, and must find the same maxima and deviations. ``gates`` (B, T, E), in the accumulation dtype (float32, float64 for a float64
+    stream). ``probs``: the full softmax (B, T, E) where ``options.keeps_probs``, else of size 0. ``normed`` (B, P, D) and ``stats``
+    (2, B, P), the mean (zero for RMSNorm) and the reciprocal deviation of each of the P = ceil(T / pool_size) normalised frames; both of
+    size 0 without a norm.
+``steer_backward(dy, dnormed, dgates, y, gates, probs, stats, weight, vectors, scale, norm_weight, options, needs)``
+    ``-> (du, dweight, dbias, dvectors, dscale, dnorm_weight, dnorm_bias)``. Incoming gradients are contiguous or None, never all None.
+    ``needs`` holds seven booleans in the order of the results; a gradient that is not needed may be None. ``du`` has the stream's
+    dtype, the others the accumulation dtype.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+
+__all__ = ["Options", "available_backends", "backend_states", "get_backend", "select_backend"]
+
+_NOT_BUILT = {"cuda": "the CUDA C++ kernels are not part of this release; on NVIDIA GPUs there is backend='triton'"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a steering pass does beyond the tensors it is given.
+
+    ``norm`` and ``pool`` are "" where there is none; ``top_k`` equals the number of experts for dense routing.
+    """
+
+    norm: str = ""
+    eps: float = 1e-5
+    pool: str = ""
+    pool_size: int = 1
+    top_k: int = 1
+    renormalize: bool = True
+    num_experts: int = 1
+
+    @property
+    def dense(self) -> bool:
+        return self.top_k == self.num_experts
+
+    @property
+    def keeps_probs(self) -> bool:
+        """The backward of gates that are not renormalised needs the softmax of the experts left out, too."""
+        return not self.dense and not self.renormalize
+
+
+@cache
+def _names() -> tuple[str, ...]:
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+@cache
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def backend_states() -> dict[str, str | None]:
+    """Every backend's name, with None if it can run on this machine and else the reason why not."""
+    return {name: _load(name).unavailable() for name in _names()} | _NOT_BUILT
+
+
+def available_backends() -> list[str]:
+    """Names of the backends that can run on this machine; "reference" is always among them."""
+    return [name for name, reason in backend_states().items() if reason is None]
+
+
+def get_backend(name: str) -> ModuleType:
+    """The backend called ``name``. ValueError if there is none of that name, RuntimeError if it cannot run on this machine."""
+    if name not in _names():
+        if name in _NOT_BUILT:
+            raise RuntimeError(f"backend {name!r} is unavailable: {_NOT_BUILT[name]}")
+        raise ValueError(f"unknown backend {name!r}: choose one of auto, {', '.join(_names())}")
+    backend = _load(name)
+    if (reason := backend.unavailable()) is not None:
+        raise RuntimeError(f"backend {name!r} is unavailable: {reason}")
+    return backend
+
+
+def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The backend for a stream of this device and dtype.
+
+    ``name`` "auto" takes the one the environment variable STEERMOE_BACKEND names, or else the best available for the device. Raises
+    as `get_backend`, and RuntimeError if the backend that was asked for does not take this device or dtype.
+    """
+    if name == "auto":
+        name = os.environ.get("STEERMOE_BACKEND") or "auto"
+    if name != "auto":
+        backend = get_backend(name)
+        if (reason := backend.rejects(device, dtype)) is not None:
+            raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
+        return backend
+    return _auto(device, dtype)
+
+
+@cache
+def _auto(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    candidates = [_load(name) for name in _names()]
+    usable = [
+        backend
+        for backend in candidates
+        if device.type in backend.AUTO_DEVICES and backend.unavailable() is None and backend.rejects(device, dtype) is None
+    ]
+    return max(usable, key=lambda backend: backend.PRIORITY, default=_load("reference"))

@@ -1,0 +1,110 @@
+"""What a steering pass accepts, and the sentence a caller reads when it gets something else.
+
+Each message names the argument, says what would do, and what came. Nothing is computed or changed before the checks have passed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_layer", "check_pool", "check_stream", "check_tensors", "check_top_k", "check_width"]
+
+_STREAM_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_top_k(top_k: int | None, num_experts: int) -> int:
+    """``top_k`` as a number: ``num_experts`` for None. ValueError unless between 1 and ``num_experts``."""
+    if top_k is None:
+        return num_experts
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise TypeError(f"top_k must be an integer or None, got {top_k!r}")
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must be between 1 and num_experts ({num_experts}), got {top_k}")
+    return top_k
+
+
+def check_pool(pool: str | None, pool_size: int) -> None:
+    """ValueError unless ``pool`` is None, "max" or "mean" and ``pool_size`` at least 1."""
+    if pool not in (None, "max", "mean"):
+        raise ValueError(f"pool must be None, 'max' or 'mean', got {pool!r}")
+    if isinstance(pool_size, bool) or not isinstance(pool_size, int):
+        raise TypeError(f"pool_size must be an integer, got {pool_size!r}")
+    if pool_size < 1:
+        raise ValueError(f"pool_size must be at least 1, got {pool_size}")
+
+
+def check_layer(layer: int, num_layers: int) -> None:
+    """IndexError unless ``layer`` is between 0 and ``num_layers - 1``."""
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise TypeError(f"layer must be an integer, got {layer!r}")
+    if not 0 <= layer < num_layers:
+        raise IndexError(f"layer must be between 0 and num_layers - 1 ({num_layers - 1}), got {layer}")
+
+
+def check_stream(name: str, h: Tensor, rank: int | None = None) -> None:
+    """TypeError unless ``h`` is a floating tensor; ValueError unless it has ``rank`` dimensions (at least one for None)."""
+    if not isinstance(h, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(h).__name__}")
+    if h.dtype not in _STREAM_DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {_dtype(h)}")
+    if rank is not None and h.dim() != rank:
+        raise ValueError(f"{name} must be (batch, time, width) to be pooled over time, got shape {tuple(h.shape)}")
+    if h.dim() == 0:
+        raise ValueError(f"{name} must have the width as its last dimension, got a tensor with no dimensions")
+
+
+def check_width(name: str, h: Tensor, width: int) -> None:
+    """As `check_stream`, and ValueError unless the last dimension of ``h`` is ``width``."""
+    check_stream(name, h)
+    if h.shape[-1] != width:
+        raise ValueError(f"{name} must have the aligner's width ({width}) as its last dimension, got shape {tuple(h.shape)}")
+
+
+def check_tensors(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    vectors: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> None:
+    """Shapes, dtypes and devices of one pass, against ``x`` (..., D) and ``weight`` (E, D). ValueError or TypeError."""
+    width = x.shape[-1]
+    _check_parameter("weight", weight, x, ("E", width))
+    num_experts = weight.shape[0]
+    if num_experts < 1:
+        raise ValueError("weight must hold at least one expert, got shape (0, ...)")
+    _check_parameter("vectors", vectors, x, (num_experts, width))
+    _check_parameter("scale", scale, x, ())
+    for name, tensor, shape in (
+        ("bias", bias, (num_experts,)),
+        ("norm_weight", norm_weight, (width,)),
+        ("norm_bias", norm_bias, (width,)),
+    ):
+        if tensor is not None:
+            _check_parameter(name, tensor, x, shape)
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+        if residual.device != x.device:
+            raise ValueError(f"residual must be on x's device {x.device}, got {residual.device}")
+
+
+def _check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int | str, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point tensor, got {_dtype(tensor)}")
+    fits = tensor.dim() == len(shape) and all(isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True))
+    if not fits:
+        wanted = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+        raise ValueError(f"{name} must have shape ({wanted}) for a stream of width {x.shape[-1]}, got {tuple(tensor.shape)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on the stream's device {x.device}, got {tensor.device}")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,147 @@
+"""Steering an encoder in place: `steer_encoder`, `unsteer_encoder`, `describe_encoder`, and `patch_steermoe`.
+
+Kinds of encoder are modules in this folder, one each, found by what they define:
+
+``PRIORITY: int`` and ``takes(encoder) -> bool``
+    Of the modules that take an encoder, the one with the highest priority steers it. ``takes`` must not import the encoder's library: an
+    encoder of it can only exist where it is imported already.
+``layers(encoder) -> list[nn.Module]``
+    The layers after which the stream is steered, in order. ValueError if they cannot be told.
+``steer(encoder, aligner, pool, pool_size) -> None``
+    Everything has been checked, and ``aligner`` is ``encoder.steering`` already. Exchanges the classes of modules for `stream.Steered`
+    ones (`class_swap.swap`) or registers hooks of classes defined in this folder; `unsteer_encoder` undoes both without being told.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..checks import check_pool
+from ..modules import FusedSteerMoE
+from .class_swap import unswap
+from .layered import width_of
+from .public import patch_steermoe
+from .stream import Steered
+
+__all__ = ["EncoderShape", "describe_encoder", "patch_steermoe", "steer_encoder", "unsteer_encoder"]
+
+
+class EncoderShape(NamedTuple):
+    """What an aligner has to know of an encoder. ``dtype`` is the parameters': they stay in float32 under a half-precision encoder."""
+
+    feature_dim: int
+    num_layers: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def steer_encoder(encoder: nn.Module, aligner: FusedSteerMoE, *, pool: str | None = None, pool_size: int = 1) -> nn.Module:
+    """Steer the output of every layer of this encoder, in place, and return it.
+
+    The aligner becomes the submodule ``encoder.steering``, so ``parameters()``, ``to()``, ``state_dict()`` and copies include it.
+    transformers' ``WhisperEncoder`` and openai-whisper's ``AudioEncoder`` run ``add -> steer -> norm`` as one pass a layer and take inputs
+    of any length up to the model's maximum; any other encoder whose layers sit in one ``nn.ModuleList`` is steered after each layer, by
+    hooks. With ``pool`` "max" or "mean" the stream is pooled over ``pool_size`` frames after the last layer's steering, before whatever
+    norm follows: (B, T, D) becomes (B, ceil(T / pool_size), D).
+
+    Raises, before anything is changed: TypeError for arguments of another kind; ValueError for a bad ``pool`` or ``pool_size``, an
+    encoder without layers to steer, an aligner with another width or number of layers or on another device; RuntimeError for an encoder
+    that is steered already, as a whole or in part.
+    """
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"encoder must be a torch.nn module, got {type(encoder).__name__}")
+    if not isinstance(aligner, FusedSteerMoE):
+        raise TypeError(f"aligner must be a FusedSteerMoE, got {type(aligner).__name__}")
+    check_pool(pool, pool_size)
+    if any(True for _ in _traces(encoder)):
+        raise RuntimeError(f"{type(encoder).__name__} is steered already: call unsteer_encoder on it first")
+    if hasattr(encoder, "steering"):
+        raise ValueError(f"{type(encoder).__name__} has an attribute called steering, the name under which the aligner would be registered")
+    kind = _kind(encoder)
+    layers = kind.layers(encoder)
+    if not layers:
+        raise ValueError(f"{type(encoder).__name__} has no layers to steer")
+    _check_fits(encoder, layers, aligner)
+    encoder.add_module("steering", aligner)
+    kind.steer(encoder, aligner, pool, pool_size)
+    return encoder
+
+
+def unsteer_encoder(encoder: nn.Module) -> nn.Module:
+    """Undo `steer_encoder`, in place: classes, hooks, ``state_dict`` and outputs are again what they were. Returns the encoder.
+
+    RuntimeError if this encoder is not steered.
+    """
+    traces = list(_traces(encoder)) if isinstance(encoder, nn.Module) else []
+    if not traces or not isinstance(encoder._modules.get("steering"), FusedSteerMoE):
+        raise RuntimeError(f"{type(encoder).__name__} is not steered")
+    for module, hooks, key in traces:
+        if hooks is None:
+            unswap(module)
+        else:
+            del hooks[key]
+    del encoder.steering
+    return encoder
+
+
+def describe_encoder(encoder: nn.Module) -> EncoderShape:
+    """Width, number of layers, device and parameter dtype of an aligner for ``encoder``.
+
+    TypeError for anything but a module; ValueError where the layers or their width cannot be told.
+    """
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"encoder must be a torch.nn module, got {type(encoder).__name__}")
+    layers = _kind(encoder).layers(encoder)
+    if not layers:
+        raise ValueError(f"{type(encoder).__name__} has no layers to steer")
+    width = width_of(encoder, layers)
+    if width is None:
+        raise ValueError(
+            f"the width of {type(encoder).__name__} cannot be told from its config or its layers' norms: give feature_dim to FusedSteerMoE"
+        )
+    first = next((p for p in layers[0].parameters() if p.is_floating_point()), torch.empty(0))
+    dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
+    return EncoderShape(width, len(layers), first.device, dtype)
+
+
+def _check_fits(encoder: nn.Module, layers: list[nn.Module], aligner: FusedSteerMoE) -> None:
+    name = type(encoder).__name__
+    if aligner.num_layers != len(layers):
+        raise ValueError(f"{name} has {len(layers)} layers, the aligner has {aligner.num_layers}")
+    width = width_of(encoder, layers)
+    if width is not None and aligner.feature_dim != width:
+        raise ValueError(f"{name} has width {width}, the aligner has {aligner.feature_dim}")
+    device = aligner.steering_vectors.device
+    for layer in layers:
+        for parameter in layer.parameters():
+            if parameter.device != device:
+                raise ValueError(f"{name} is on {parameter.device}, the aligner on {device}: move one to the other")
+
+
+@cache
+def _kinds() -> tuple[ModuleType, ...]:
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    return tuple(sorted((module for module in modules if hasattr(module, "takes")), key=lambda module: -module.PRIORITY))
+
+
+def _kind(encoder: nn.Module) -> ModuleType:
+    return next(kind for kind in _kinds() if kind.takes(encoder))
+
+
+def _traces(encoder: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
+    """What `steer_encoder` left in ``encoder``: (module, None, None) for an exchanged class, (module, hooks, key) for a hook."""
+    for module in encoder.modules():
+        if isinstance(module, Steered):
+            yield module, None, None
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in hooks.items():
+                if type(hook).__module__.startswith(__name__ + "."):
+                    yield module, hooks, key

@@ -1,0 +1,63 @@
+"""Changing what one module does by changing its class, and changing it back.
+
+``swap(module, mixin)`` sets the class of this instance, and of no other, to a subclass of it that puts ``mixin`` in front. Parameters,
+hooks and ``state_dict`` stay where they are, and ``unswap`` leaves no trace. The subclass carries the name of the class it stands for,
+because libraries look classes up by name (what may be recorded, which modules not to split); it is made on the fly, so an instance is
+pickled and copied as "this mixin before that class".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
+
+from torch import nn
+
+__all__ = ["Swapped", "swap", "unswap"]
+
+
+class Swapped(nn.Module):
+    """Base of the mixins. ``_added`` names the attributes that a mixin's instances carry beyond those of the plain class."""
+
+    _added: ClassVar[tuple[str, ...]] = ()
+    _mixin: ClassVar[type[nn.Module]]
+    _plain: ClassVar[type[nn.Module]]
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # what the plain class has is not known here
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        saved: Any = super().__reduce_ex__(protocol)
+        return _blank, (self._mixin, self._plain), *saved[2:]
+
+
+def swap(module: nn.Module, mixin: type[Swapped], **added: Any) -> None:
+    """Put ``mixin`` in front of the class of ``module`` and set the attributes it adds."""
+    module.__class__ = _swapped_class(mixin, type(module))
+    assert set(added) == set(mixin._added)
+    for name, value in added.items():
+        module.__dict__[name] = value  # not through setattr, which would register a module as a submodule
+
+
+def unswap(module: Any) -> None:
+    """Undo `swap`."""
+    for name in module._added:
+        del module.__dict__[name]
+    module.__class__ = module._plain
+
+
+_classes: dict[tuple[type, type], type] = {}
+
+
+def _swapped_class(mixin: type[nn.Module], plain: type[nn.Module]) -> Any:
+    if (mixin, plain) not in _classes:
+        names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+        _classes[mixin, plain] = type(plain.__name__, (mixin, plain), {**names, "_mixin": mixin, "_plain": plain})
+    return _classes[mixin, plain]
+
+
+def _blank(mixin: type[Swapped], plain: type[nn.Module]) -> nn.Module:
+    """An instance without attributes; pickle and copy give it the state of the one they saved."""
+    cls = _swapped_class(mixin, plain)
+    instance: nn.Module = cls.__new__(cls)
+    return instance

@@ -1,0 +1,132 @@
+"""Any encoder whose layers sit in one ``nn.ModuleList``: steered after each layer, by hooks.
+
+The layers are the members of the encoder's only list (lists inside a member of a list do not count). Where an encoder holds several, they
+are the list whose members are all of one class and each hold a norm and a Linear of the encoder's width; convolutions of a feature
+extractor do not, and two such lists, as of an encoder and a decoder, are an error that names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..modules import FusedSteerMoE
+from .stream import pooled
+
+PRIORITY = 0
+
+_WIDTHS = ("hidden_size", "d_model", "encoder_embed_dim", "embed_dim", "n_embd", "dim")
+_LAYERDROPS = ("layerdrop", "encoder_layerdrop")
+
+
+def takes(encoder: nn.Module) -> bool:
+    return True
+
+
+def layers(encoder: nn.Module) -> list[nn.Module]:
+    """The layers to steer. ValueError if there are none, or if it is not clear which they are."""
+    return _find_layers(encoder)[1]
+
+
+def steer(encoder: nn.Module, aligner: FusedSteerMoE, pool: str | None, pool_size: int) -> None:
+    owner, members = _find_layers(encoder)
+    for index, member in enumerate(members):
+        here = pool if index == len(members) - 1 else None
+        # Before the hooks that are there already, so that they see the steered stream.
+        member.register_forward_hook(SteerAfter(aligner, index, here, pool_size), prepend=True)
+    if pool is not None:
+        encoder.register_forward_pre_hook(NeedsEveryLayer(owner))
+
+
+def width_of(encoder: nn.Module, members: list[nn.Module]) -> int | None:
+    """The width of the stream: what the encoder's config says, or the one width that the norms of all layers have in common."""
+    config = getattr(encoder, "config", None)
+    for name in _WIDTHS:
+        width = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        if isinstance(width, int):
+            return width
+    widths = [{width for part in member.modules() if (width := _norm_width(part))} for member in members]
+    shared = set.intersection(*widths) if widths else set()
+    return shared.pop() if len(shared) == 1 else None
+
+
+class SteerAfter:
+    """Forward hook: steers a layer's output, or the first of several outputs, and after the last layer pools it."""
+
+    def __init__(self, aligner: FusedSteerMoE, layer: int, pool: str | None, pool_size: int) -> None:
+        self.aligner, self.layer, self.pool, self.pool_size = aligner, layer, pool, pool_size
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return self._steer(output)
+        if isinstance(output, (tuple, list)) and output:
+            outputs = (self._steer(output[0]), *output[1:])
+            return type(output)(*outputs) if hasattr(output, "_fields") else type(output)(outputs)
+        if isinstance(output, Mapping) and output:
+            first = next(iter(output))
+            return type(output)(**{**output, first: self._steer(output[first])})
+        raise TypeError(f"a steered layer must return a tensor, or several in a tuple, list or mapping, got {type(output).__name__}")
+
+    def _steer(self, h: Tensor) -> Tensor:
+        y = self.aligner(h, self.layer)
+        return y if self.pool is None else pooled(y, self.pool, self.pool_size)
+
+
+class NeedsEveryLayer:
+    """Forward pre-hook: pooling comes after the last layer, so a step that may leave that layer out would not be pooled."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not module.training:
+            return
+        for holder in (module, self.owner, getattr(module, "config", None), getattr(self.owner, "config", None)):
+            for name in _LAYERDROPS:
+                if getattr(holder, name, 0.0):
+                    raise RuntimeError(f"pooling after the last layer needs every layer to run: set {name} to 0 to train this encoder")
+
+
+def _find_layers(encoder: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """The module that holds the list of layers, and the layers."""
+    lists = {name: (owner, list(members)) for name, owner, members in _outermost_lists(encoder) if len(members)}
+    if not lists:
+        raise ValueError(f"{type(encoder).__name__} has no layers to steer: it holds no nn.ModuleList with members")
+    chosen = lists
+    if len(lists) > 1:
+        chosen = {name: (owner, members) for name, (owner, members) in lists.items() if _are_layers(encoder, members)}
+    if len(chosen) != 1:
+        raise ValueError(
+            f"it is not clear which layers of {type(encoder).__name__} to steer: it holds the lists {', '.join(chosen or lists)}; "
+            "pass the part of it that holds the right one"
+        )
+    owner, members = next(iter(chosen.values()))
+    if len(set(map(id, members))) != len(members):
+        raise ValueError(f"{type(encoder).__name__} uses one layer several times, and each layer can be steered once only")
+    return owner, members
+
+
+def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, nn.ModuleList]]:
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield prefix + name, module, child
+        else:
+            yield from _outermost_lists(child, f"{prefix}{name}.")
+
+
+def _are_layers(encoder: nn.Module, members: list[nn.Module]) -> bool:
+    width = width_of(encoder, members)
+    return len({type(member) for member in members}) == 1 and all(
+        any(_norm_width(part) == width for part in member.modules())
+        and any(isinstance(part, nn.Linear) and part.in_features == width for part in member.modules())
+        for member in members
+    )
+
+
+def _norm_width(module: nn.Module) -> int | None:
+    """The width of a norm, told by its class's name: LayerNorm, RMSNorm and the many that libraries have of their own."""
+    weight = getattr(module, "weight", None)
+    named = type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+    return weight.shape[0] if named and isinstance(weight, Tensor) and weight.dim() == 1 else None

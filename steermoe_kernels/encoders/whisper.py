@@ -1,0 +1,128 @@
+"""transformers' ``WhisperEncoder``: the fused path, for inputs of any length up to the model's maximum."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..modules import FusedSteerMoE
+from .class_swap import swap
+from .stream import EncoderPass, Steered, SteeredLayer, begin_pass, fusible_norm, in_rows, place_layers, release
+
+PRIORITY = 10
+
+_MODELING = "transformers.models.whisper.modeling_whisper"
+
+
+def takes(encoder: Any) -> bool:
+    """Exactly transformers' encoder, layers and norms, as this file knows them; anything else is steered by hooks instead."""
+    modeling = sys.modules.get(_MODELING)
+    if modeling is None or type(encoder) is not modeling.WhisperEncoder or "forward" in encoder.__dict__:
+        return False
+    layers = list(encoder.layers)
+    width = encoder.config.d_model
+    norms = [*(layer.self_attn_layer_norm for layer in layers if hasattr(layer, "self_attn_layer_norm")), encoder.layer_norm]
+    known = inspect.signature(modeling.WhisperEncoderLayer.forward).parameters.keys() == {
+        "self",
+        "hidden_states",
+        "attention_mask",
+        "kwargs",
+    }
+    return (
+        known
+        and hasattr(modeling, "capture_outputs")
+        and all(type(layer) is modeling.WhisperEncoderLayer and "forward" not in layer.__dict__ for layer in layers)
+        and all(fusible_norm(norm, nn.LayerNorm, width) for norm in norms)
+        and len(set(map(id, layers))) == len(layers)
+        and len(set(map(id, norms))) == len(norms)
+    )
+
+
+def layers(encoder: Any) -> list[nn.Module]:
+    return list(encoder.layers)
+
+
+def steer(encoder: Any, aligner: FusedSteerMoE, pool: str | None, pool_size: int) -> None:
+    norms = [*(layer.self_attn_layer_norm for layer in encoder.layers[1:]), encoder.layer_norm]
+    place_layers(list(encoder.layers), norms, SteeredWhisperLayer, aligner, pool, pool_size)
+    swap(encoder, SteeredWhisperEncoder)
+
+
+class SteeredWhisperLayer(SteeredLayer):
+    """``WhisperEncoderLayer``, steered."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        encoder_pass: EncoderPass | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        residual = in_rows(hidden_states)
+        x = self.self_attn_layer_norm(residual)
+        x, _ = self.self_attn(hidden_states=x, attention_mask=attention_mask, **kwargs)
+        x = F.dropout(x, p=self.dropout, training=self.training)
+        residual = residual + x
+        x = self.final_layer_norm(residual)
+        x = self.activation_fn(self.fc1(x))
+        x = F.dropout(x, p=self.activation_dropout, training=self.training)
+        x = self.fc2(x)
+        x = F.dropout(x, p=self.dropout, training=self.training)
+        if torch.promote_types(x.dtype, residual.dtype) == torch.float16:
+            limit = torch.finfo(torch.float16).max - 1000
+            return self.steer(torch.clamp(residual + x, min=-limit, max=limit), None, encoder_pass)
+        return self.steer(x, residual, encoder_pass)
+
+
+class SteeredWhisperEncoder(Steered):
+    """``WhisperEncoder``, steered. Full-length inputs go through the library's own forward, shorter ones through `_forward_short`."""
+
+    _forward_short: ClassVar[Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        modeling = sys.modules[_MODELING]
+        cls._forward_short = modeling.merge_with_config_defaults(modeling.capture_outputs(_forward_short))
+
+    def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """``input_features`` (B, mel bins, M), with M up to twice ``max_source_positions``. ValueError for any other shape."""
+        longest = self.config.max_source_positions * self.conv1.stride[0] * self.conv2.stride[0]
+        if input_features.dim() != 3 or input_features.shape[1] != self.num_mel_bins:
+            raise ValueError(f"input_features must be (batch, {self.num_mel_bins}, frames), got {tuple(input_features.shape)}")
+        if not 1 <= input_features.shape[2] <= longest:
+            raise ValueError(f"input_features must have between 1 and {longest} frames, got {input_features.shape[2]}: cut longer audio")
+        if self._checkpoints_reentrantly() and not input_features.requires_grad:
+            # A reentrant checkpoint gives no gradient to what is inside it unless something that enters it requires one.
+            input_features = input_features.detach().requires_grad_()
+        kwargs["encoder_pass"] = begin_pass(self.steering, self.layers)
+        if input_features.shape[2] == longest:
+            output = super().forward(input_features, attention_mask, **kwargs)
+        else:
+            output = self._forward_short(input_features, **kwargs)
+        release(output)
+        return output
+
+    def _checkpoints_reentrantly(self) -> bool:
+        if not (self.training and torch.is_grad_enabled()):
+            return False
+        functions = [layer._gradient_checkpointing_func for layer in self.layers if layer.gradient_checkpointing]
+        return any(getattr(function, "keywords", {}).get("use_reentrant", True) is not False for function in functions)
+
+
+def _forward_short(self: Any, input_features: Tensor, **kwargs: Any) -> Any:
+    """The library's forward with the first positions instead of all of them; it refuses anything but the full length."""
+    x = F.gelu(self.conv1(input_features))
+    x = F.gelu(self.conv2(x)).permute(0, 2, 1)
+    hidden_states = x + self.embed_positions(torch.arange(x.shape[1], device=x.device))
+    hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
+    for layer in self.layers:
+        if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
+            continue
+        hidden_states = layer(hidden_states, None, **kwargs)
+    return sys.modules[_MODELING].BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))

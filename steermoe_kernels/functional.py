@@ -1,0 +1,134 @@
+"""The fused operators as functions: `steer`, `steer_norm` and `project`. Equations and letters: `steermoe_kernels.reference`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .checks import check_pool, check_stream, check_top_k
+
+__all__ = ["project", "steer", "steer_norm"]
+
+
+def steer(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vectors: Tensor,
+    scale: Tensor | float,
+    *,
+    top_k: int | None = None,
+    renormalize: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Steer every frame of ``h``: ``y = h + s (g V)``, ``g = route(h W^T + b)``.
+
+    ``h`` (..., D) float32, float16, bfloat16 or float64, in any layout; ``weight`` (E, D), ``bias`` (E,) or None, ``vectors`` (E, D),
+    ``scale`` () or a number: the slices of one layer, in any floating dtype. ``top_k`` None is dense routing; otherwise the gates are
+    zero off the ``top_k`` largest logits and on them sum to one (``renormalize``) or keep the full softmax's values.
+
+    Returns ``y`` (..., D), contiguous, in ``h``'s dtype, and the gates (..., E) in float32 (float64 for a float64 stream); both are
+    differentiable, once. Raises ValueError and TypeError for arguments that do not fit, RuntimeError for a backend that cannot run.
+    """
+    y, _, gates = _run(h, None, weight, bias, vectors, scale, None, None, "", 0.0, None, 1, top_k, renormalize, backend)
+    return y, gates
+
+
+def steer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vectors: Tensor,
+    scale: Tensor | float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    rms: bool = False,
+    pool: str | None = None,
+    pool_size: int = 1,
+    top_k: int | None = None,
+    renormalize: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the residual, steer, pool over time and normalise, in one pass over the stream.
+
+    ``x`` and ``residual`` (..., D); (B, T, D) with ``pool`` "max" or "mean", whose last window may be short. ``norm_weight`` and
+    ``norm_bias`` (D,) or None, of the LayerNorm (RMSNorm with ``rms``) that reads the stream next. The rest as in `steer`. If ``x`` and
+    ``residual`` differ in dtype, the stream takes the wider of the two.
+
+    Returns ``y`` (..., D), the steered stream; ``normed`` (..., D), or (B, ceil(T / pool_size), D) with ``pool``; the gates (..., E).
+    """
+    kind = "rms" if rms else "layer"
+    return _run(x, residual, weight, bias, vectors, scale, norm_weight, norm_bias, kind, eps, pool, pool_size, top_k, renormalize, backend)
+
+
+def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``q = h P^T + c``: frames (..., D) to the language model's width (..., output_dim).
+
+    ``weight`` (output_dim, D), ``bias`` (output_dim,) or None. Under autocast the product runs in autocast's dtype, like torch's own.
+    """
+    check_stream("h", h)
+    device = h.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and h.dtype != torch.float64:
+        h = h.to(torch.get_autocast_dtype(device))
+    return ops.project(h, weight, bias)
+
+
+def _run(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    vectors: Tensor,
+    scale: Tensor | float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    pool: str | None,
+    pool_size: int,
+    top_k: int | None,
+    renormalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_pool(pool, pool_size)
+    check_stream("x" if norm else "h", x, rank=3 if pool else None)
+    if residual is not None:
+        check_stream("residual", residual)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+        if residual.dtype != x.dtype:  # under autocast a layer's output is half while the stream stays float32
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        came = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight must be a tensor of shape (E, {x.shape[-1]}), got {came}")
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), float(scale), dtype=weight.dtype, device=x.device)
+    elif scale.numel() == 1:
+        scale = scale.reshape(())
+    lead, (num_experts, width) = x.shape[:-1], (weight.shape[0], x.shape[-1])
+    frames = x.shape if pool else (1, lead.numel(), width)
+    y, normed, gates, _, _ = ops.steer(
+        x.reshape(frames),
+        None if residual is None else residual.reshape(frames),
+        weight,
+        bias,
+        vectors,
+        scale,
+        norm_weight,
+        norm_bias,
+        norm,
+        eps,
+        pool or "",
+        pool_size,
+        check_top_k(top_k, num_experts),
+        renormalize,
+        backend,
+    )
+    if norm and not pool:
+        normed = normed.view(x.shape)
+    return y.view(x.shape), normed, gates.view(*lead, num_experts)

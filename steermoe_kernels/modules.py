@@ -1,0 +1,171 @@
+"""`FusedSteerMoE`: the trained part of SteerMoE as a torch.nn module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoints
+from . import functional as SF
+from .backends import get_backend
+from .checks import check_layer, check_top_k, check_width
+
+__all__ = ["FusedSteerMoE", "LayerParameters"]
+
+
+class LayerParameters(NamedTuple):
+    """One layer's slices, in the order `functional.steer` takes them."""
+
+    weight: Tensor  # (E, D)
+    bias: Tensor  # (E,)
+    vectors: Tensor  # (E, D)
+    scale: Tensor  # ()
+
+
+class FusedSteerMoE(nn.Module):
+    """Layer-wise mixture-of-experts steering on fused kernels, and the projection to the language model.
+
+    Parameters, named as in public checkpoints: ``steering_vectors`` (L, E, D) drawn from 0.01 N(0, 1); ``router``, a
+    Linear(D, L * E); ``layer_scales`` (L,), each ``steering_scale``; ``prompt_proj``, a Linear(D, output_dim), or None.
+
+    ``top_k`` None routes densely. ``backend`` is "auto" or one of `available_backends()`. The parameters may stay in float32 while the
+    stream is in half precision. Raises ValueError for sizes below one and ``top_k`` outside 1 .. E, and as `get_backend`.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        num_experts: int = 8,
+        num_layers: int = 1,
+        *,
+        top_k: int | None = None,
+        renormalize: bool = True,
+        steering_scale: float = 0.1,
+        output_dim: int | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"feature_dim": feature_dim, "num_experts": num_experts, "num_layers": num_layers, "output_dim": output_dim}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        check_top_k(top_k, num_experts)
+        if backend != "auto":
+            get_backend(backend)
+        self.feature_dim, self.num_experts, self.num_layers = feature_dim, num_experts, num_layers
+        self.top_k, self.renormalize, self.backend = top_k, renormalize, backend
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.steering_vectors = nn.Parameter(0.01 * torch.randn(num_layers, num_experts, feature_dim, **like))
+        self.router = nn.Linear(feature_dim, num_layers * num_experts, **like)
+        self.layer_scales = nn.Parameter(torch.full((num_layers,), steering_scale, **like))
+        self.prompt_proj = None if output_dim is None else nn.Linear(feature_dim, output_dim, **like)
+        self._records: list[dict[int, Tensor]] = []
+
+    @classmethod
+    def for_encoder(cls, encoder: nn.Module, num_experts: int = 8, **kwargs: Any) -> FusedSteerMoE:
+        """An aligner with the width, number of layers, device and dtype of ``encoder``; ``kwargs`` as in the constructor."""
+        from .encoders import describe_encoder
+
+        shape = describe_encoder(encoder)
+        kwargs.setdefault("device", shape.device)
+        kwargs.setdefault("dtype", shape.dtype)
+        return cls(shape.feature_dim, num_experts, shape.num_layers, **kwargs)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str | Mapping[str, Tensor], **kwargs: Any) -> FusedSteerMoE:
+        """An aligner with the sizes and weights of a checkpoint: a path, or a state dict with the public implementation's keys or ours.
+
+        ``kwargs`` may hold what a checkpoint does not say: ``top_k``, ``renormalize``, ``backend``, ``device``, ``dtype``.
+        """
+        state = checkpoints.aligner_state(checkpoints.read(checkpoint))
+        aligner = cls(**(kwargs | checkpoints.sizes(state)))
+        aligner.load_state_dict(state)
+        return aligner
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict with our keys, or a public checkpoint's, in which the aligner lies among the backbones' weights.
+
+        With ``strict``, missing, unknown and mis-shaped keys are all named in one RuntimeError, and nothing has been changed then.
+        """
+        state = checkpoints.aligner_state(state_dict)
+        if strict:
+            checkpoints.check_fits(state, self.state_dict())
+        return super().load_state_dict(state, strict=strict, assign=assign)
+
+    def layer_parameters(self) -> list[LayerParameters]:
+        """Every layer's slices, cut once: their gradients are stacked once, instead of L zero-padded ones being added up."""
+        rows = self.router.weight.view(self.num_layers, self.num_experts, self.feature_dim).unbind()
+        biases = self.router.bias.view(self.num_layers, self.num_experts).unbind()
+        slices = zip(rows, biases, self.steering_vectors.unbind(), self.layer_scales.unbind(), strict=True)
+        return [LayerParameters(*layer) for layer in slices]
+
+    def layer(self, layer: int) -> LayerParameters:
+        """The slices of one layer. IndexError if there is no such layer."""
+        check_layer(layer, self.num_layers)
+        rows = slice(layer * self.num_experts, (layer + 1) * self.num_experts)
+        return LayerParameters(self.router.weight[rows], self.router.bias[rows], self.steering_vectors[layer], self.layer_scales[layer])
+
+    def forward(self, h: Tensor, layer: int = 0, *, return_gates: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Steer ``h`` (..., D) with the experts of ``layer``; with ``return_gates`` also the gates (..., E)."""
+        check_width("h", h, self.feature_dim)
+        y, gates = SF.steer(h, *self.layer(layer), top_k=self.top_k, renormalize=self.renormalize, backend=self.backend)
+        self.record(layer, gates)
+        return (y, gates) if return_gates else y
+
+    def steer_norm(
+        self, x: Tensor, layer: int, norm: Any, *, parameters: LayerParameters | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """`functional.steer_norm` with the experts of ``layer`` and the weights of the LayerNorm ``norm`` that reads the stream next.
+
+        ``parameters``: that layer's slices, where `layer_parameters` has cut them already. Returns ``y`` and ``normed``.
+        """
+        check_width("x", x, self.feature_dim)
+        y, normed, gates = SF.steer_norm(
+            x,
+            *(self.layer(layer) if parameters is None else parameters),
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            top_k=self.top_k,
+            renormalize=self.renormalize,
+            backend=self.backend,
+            **kwargs,
+        )
+        self.record(layer, gates)
+        return y, normed
+
+    def project(self, h: Tensor) -> Tensor:
+        """Project pooled, normalised frames (..., D) to the language model's width (..., output_dim). ValueError without a projection."""
+        if self.prompt_proj is None:
+            raise ValueError("this aligner has no projection: give output_dim when making it")
+        return SF.project(h, self.prompt_proj.weight, self.prompt_proj.bias)
+
+    def record(self, layer: int, gates: Tensor) -> None:
+        """Hand the gates of a pass through ``layer`` to the open `record_gates` blocks."""
+        for record in self._records:
+            record[layer] = gates
+
+    @contextmanager
+    def record_gates(self) -> Iterator[dict[int, Tensor]]:
+        """A dict, layer -> gates (B, T, E), differentiable, filled by every pass inside the block; a layer's latest pass stays."""
+        record: dict[int, Tensor] = {}
+        self._records.append(record)
+        try:
+            yield record
+        finally:
+            self._records = [kept for kept in self._records if kept is not record]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_records": []}  # an open block belongs to this instance, not to its copies
+
+    def extra_repr(self) -> str:
+        return (
+            f"feature_dim={self.feature_dim}, num_experts={self.num_experts}, num_layers={self.num_layers}, top_k={self.top_k}, "
+            f"renormalize={self.renormalize}, backend={self.backend!r}"
+        )

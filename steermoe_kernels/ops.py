@@ -1,0 +1,252 @@
+"""The custom operators: schema, fake, autograd; they pick a backend and hand it the work.
+
+One operator a direction, ``steermoe::steer`` and ``steermoe::project``, so that torch.compile, CUDA graphs, checkpointing, DDP and FSDP
+see a single node. Inputs are checked before anything is computed, in the fake as well, so that a traced call fails with the same words.
+
+What the backward keeps of a steering pass: ``y`` (which whatever reads the stream next keeps anyway), the gates, and two numbers a
+normalised frame. The step is undone, ``u = y - s (g V)``, instead of storing ``u`` and ``g V``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import Options, select_backend
+from .checks import check_tensors
+from .reference import compute_dtype
+
+__all__ = ["project", "steer"]
+
+_lib = torch.library.Library("steermoe", "DEF")
+_tags = (torch.Tag.pt2_compliant_tag,)
+
+_OPTIONS = "str norm, float eps, str pool, int pool_size, int top_k, bool renormalize, str backend"
+_lib.define(
+    "steer(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, Tensor vectors, Tensor scale, Tensor? norm_weight, Tensor? norm_bias, "
+    f"{_OPTIONS}) -> (Tensor y, Tensor normed, Tensor gates, Tensor probs, Tensor stats)",
+    tags=_tags,
+)
+_lib.define(
+    "steer_backward(Tensor? dy, Tensor? dnormed, Tensor? dgates, Tensor y, Tensor gates, Tensor probs, Tensor stats, Tensor weight, "
+    f"Tensor vectors, Tensor scale, Tensor? norm_weight, {_OPTIONS}, bool[] needs) -> "
+    "(Tensor du, Tensor dweight, Tensor dbias, Tensor dvectors, Tensor dscale, Tensor dnorm_weight, Tensor dnorm_bias)",
+    tags=_tags,
+)
+_lib.define("project(Tensor h, Tensor weight, Tensor? bias) -> Tensor", tags=_tags)
+_lib.define("project_backward(Tensor dq, Tensor h, Tensor weight, bool[] needs) -> (Tensor, Tensor, Tensor)", tags=_tags)
+
+steer = torch.ops.steermoe.steer.default
+project = torch.ops.steermoe.project.default
+
+
+# --- steer ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _output_like(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    vectors: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    pool: str,
+    pool_size: int,
+    top_k: int,
+    renormalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised outputs: the fake of ``steer``, and its answer where there is no frame to steer."""
+    check_tensors(x, residual, weight, bias, vectors, scale, norm_weight, norm_bias)
+    batch, frames, width = x.shape
+    num_experts = weight.shape[0]
+    dtype = compute_dtype(x.dtype)
+    gates = x.new_empty((batch, frames, num_experts), dtype=dtype)
+    keeps_probs = Options(top_k=top_k, num_experts=num_experts, renormalize=renormalize).keeps_probs
+    probs = torch.empty_like(gates) if keeps_probs else x.new_empty(0, dtype=dtype)
+    if not norm:
+        return x.new_empty(x.shape), x.new_empty(0), gates, probs, x.new_empty(0, dtype=dtype)
+    pooled = -(-frames // pool_size) if pool else frames
+    normed = x.new_empty((batch, pooled, width))
+    return x.new_empty(x.shape), normed, gates, probs, x.new_empty((2, batch, pooled), dtype=dtype)
+
+
+torch.library.register_fake("steermoe::steer", _output_like, lib=_lib)
+
+
+@torch.library.impl(_lib, "steer", "CompositeExplicitAutograd")
+def _steer(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    vectors: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = (x, residual, weight, bias, vectors, scale, norm_weight, norm_bias)
+    check_tensors(*tensors)
+    module = select_backend(settings[-1], x.device, x.dtype)
+    if x.numel() == 0:
+        return _output_like(*tensors, *settings)
+    options = Options(*(*settings[:-1], weight.shape[0]))
+    return tuple(t.contiguous() for t in module.steer_forward(*_contiguous(*tensors), options))  # type: ignore[return-value]
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _, _, weight, _, vectors, scale, norm_weight, _, *settings = inputs
+    y, _, gates, probs, stats = output
+    ctx.save_for_backward(y, gates, probs, stats, weight, vectors, scale, norm_weight)
+    ctx.settings = settings
+    ctx.mark_non_differentiable(probs, stats)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, dnormed: Tensor | None, dgates: Tensor | None, *_: None) -> tuple:
+    y, gates, probs, stats, weight, vectors, scale, norm_weight = ctx.saved_tensors
+    need_x, need_residual, *need_parameters = ctx.needs_input_grad[:8]
+    if dnormed is not None and dnormed.numel() == 0:
+        dnormed = None
+    needs = [need_x or need_residual, *need_parameters]
+    nothing = (None,) * (8 + len(ctx.settings))
+    if dy is None and dnormed is None and dgates is None:
+        return nothing
+    grads = torch.ops.steermoe.steer_backward(
+        dy, dnormed, dgates, y, gates, probs, stats, weight, vectors, scale, norm_weight, *ctx.settings, needs
+    )
+    du, *dparameters = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return (du if need_x else None, du if need_residual else None, *dparameters, *nothing[8:])
+
+
+torch.library.register_autograd("steermoe::steer", _differentiate, setup_context=_keep_for_backward, lib=_lib)
+
+
+def _gradients_like(y: Tensor, weight: Tensor, vectors: Tensor, norm_weight: Tensor | None, needs: list[bool], dtype: torch.dtype) -> list:
+    """Shapes of the seven gradients; size 0 for those nobody needs."""
+    num_experts, width = weight.shape
+    shapes = (y.shape, weight.shape, (num_experts,), vectors.shape, (), (width,), (width,))
+    parameter = vectors.dtype if norm_weight is None else norm_weight.dtype
+    dtypes = (y.dtype, weight.dtype, weight.dtype, vectors.dtype, vectors.dtype, parameter, parameter)
+    return [(shape if need else (0,), kind) for shape, kind, need in zip(shapes, dtypes, needs, strict=True)]
+
+
+@torch.library.impl(_lib, "steer_backward", "CompositeExplicitAutograd")
+def _steer_backward(
+    dy: Tensor | None,
+    dnormed: Tensor | None,
+    dgates: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    probs: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    vectors: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, ...]:
+    *options, backend, needs = settings
+    likes = _gradients_like(y, weight, vectors, norm_weight, needs, gates.dtype)
+    if y.numel() == 0:
+        return tuple(y.new_zeros(shape, dtype=dtype) for shape, dtype in likes)
+    module = select_backend(backend, y.device, y.dtype)
+    grads = module.steer_backward(
+        *_contiguous(dy, dnormed, dgates),
+        y,
+        gates,
+        probs,
+        stats,
+        *_contiguous(weight, vectors, scale, norm_weight),
+        Options(*(*options, weight.shape[0])),
+        needs,
+    )
+    return tuple(
+        grad.to(dtype).contiguous() if need and grad is not None else y.new_zeros(shape, dtype=dtype)
+        for grad, need, (shape, dtype) in zip(grads, needs, likes, strict=True)
+    )
+
+
+@torch.library.register_fake("steermoe::steer_backward", lib=_lib)
+def _(dy, dnormed, dgates, y, gates, probs, stats, weight, vectors, scale, norm_weight, *settings):  # type: ignore[no-untyped-def]
+    likes = _gradients_like(y, weight, vectors, norm_weight, settings[-1], gates.dtype)
+    return tuple(y.new_empty(shape, dtype=dtype) for shape, dtype in likes)
+
+
+def _once_differentiable(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("SteerMoE's fused operators are differentiable once; use steermoe_kernels.reference for second derivatives")
+
+
+for _name in ("steer_backward", "project_backward"):
+    torch.library.register_autograd(f"steermoe::{_name}", _once_differentiable, lib=_lib)
+
+
+# --- project ----------------------------------------------------------------------------------------------------------------------------
+# q = n P^T + c. A GEMM with its bias is what vendors' libraries do best, so every backend leaves it to them; ours is the backward that
+# computes no gradient nobody needs and takes a float32 P under a half-precision stream.
+
+
+def _check_project(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2 or weight.shape[1] != h.shape[-1]:
+        raise ValueError(f"the projection takes frames of width {weight.shape[-1]}, got {tuple(h.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != h.device:
+            raise ValueError(f"the projection's {name} must be on the frames' device {h.device}, got {tensor.device}")
+
+
+@torch.library.impl(_lib, "project", "CompositeExplicitAutograd")
+def _project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check_project(h, weight, bias)
+    with torch.autocast(h.device.type, enabled=False):
+        return torch.nn.functional.linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype)).contiguous()
+
+
+@torch.library.register_fake("steermoe::project", lib=_lib)
+def _(h, weight, bias):  # type: ignore[no-untyped-def]
+    _check_project(h, weight, bias)
+    return h.new_empty((*h.shape[:-1], weight.shape[0]))
+
+
+def _keep_for_project_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    h, weight, bias = inputs
+    ctx.save_for_backward(h if ctx.needs_input_grad[1] else h.new_empty(0), weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _differentiate_project(ctx: Any, dq: Tensor) -> tuple[Tensor | None, ...]:
+    h, weight = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    grads = torch.ops.steermoe.project_backward(dq, h, weight, needs)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+torch.library.register_autograd("steermoe::project", _differentiate_project, setup_context=_keep_for_project_backward, lib=_lib)
+
+
+@torch.library.impl(_lib, "project_backward", "CompositeExplicitAutograd")
+def _project_backward(dq: Tensor, h: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    rows = dq.reshape(-1, dq.shape[-1])
+    none = dq.new_empty(0)
+    with torch.autocast(dq.device.type, enabled=False):
+        dh = (dq @ weight.to(dq.dtype)).contiguous() if needs[0] else none
+        dweight = (rows.mT @ h.reshape(-1, h.shape[-1])).to(weight.dtype) if needs[1] else none
+        dbias = rows.sum(0, dtype=compute_dtype(dq.dtype)).to(weight.dtype) if needs[2] else none
+    return dh, dweight, dbias
+
+
+@torch.library.register_fake("steermoe::project_backward", lib=_lib)
+def _(dq, h, weight, needs):  # type: ignore[no-untyped-def]
+    shapes = ((*dq.shape[:-1], weight.shape[1]), weight.shape, weight.shape[:1])
+    dtypes = (dq.dtype, weight.dtype, weight.dtype)
+    return tuple(dq.new_empty(s if need else (0,), dtype=t) for s, t, need in zip(shapes, dtypes, needs, strict=True))

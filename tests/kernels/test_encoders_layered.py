@@ -1,0 +1,365 @@
+"""Encoders steered by hooks: whatever keeps its layers in one ``nn.ModuleList``. And what can be told of an encoder by looking at it."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, namedtuple
+from typing import Any
+
+import pytest
+import torch
+from encoder_oracle import Results, assert_same, differentiate, draw_aligner, fused_aligner, hooked, shake
+from torch import Tensor, nn
+
+from steermoe_kernels import FusedSteerMoE, reference, steer_encoder
+from steermoe_kernels.encoders import describe_encoder
+
+WIDTH, LAYERS, EXPERTS = 12, 3, 5
+
+
+class Block(nn.Module):
+    """A pre-norm layer; ``shape`` says in what it returns its output."""
+
+    def __init__(self, width: int = WIDTH, shape: Any = None) -> None:
+        super().__init__()
+        self.norm, self.linear, self.shape = nn.LayerNorm(width), nn.Linear(width, width), shape
+
+    def forward(self, h: Tensor) -> Any:
+        y = h + torch.tanh(self.linear(self.norm(h)))
+        return y if self.shape is None else self.shape(y)
+
+
+class Stack(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.norm = nn.ModuleList(layers), nn.LayerNorm(WIDTH)
+
+    def forward(self, h: Tensor) -> Tensor:
+        for layer in self.layers:
+            h = layer(h)
+            h = h if isinstance(h, Tensor) else h["first"] if isinstance(h, dict) else h[0]
+        return self.norm(h)
+
+
+def conformer_config(**changes: Any) -> Any:
+    configuration = pytest.importorskip("transformers").Wav2Vec2ConformerConfig
+    options: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "conv_dim": (WIDTH,) * 4,
+        "conv_kernel": (3,) * 4,
+        "conv_stride": (2,) * 4,
+        "num_feat_extract_layers": 4,
+        "feat_extract_norm": "layer",
+        "conv_depthwise_kernel_size": 3,
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "conformer_conv_dropout": 0.0,
+        "feat_proj_dropout": 0.0,
+        "layerdrop": 0.0,
+        "mask_time_prob": 0.0,
+    }
+    return configuration(**options | changes)
+
+
+def conformer_encoder() -> nn.Module:
+    modeling = pytest.importorskip("transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer")
+    return modeling.Wav2Vec2ConformerEncoder(conformer_config())
+
+
+def conformer_model() -> nn.Module:
+    return pytest.importorskip("transformers").Wav2Vec2ConformerModel(conformer_config())
+
+
+def vit_model() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=12,
+        patch_size=4,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.ViTModel(config)
+
+
+def vit_encoder() -> nn.Module:
+    """The part of a ViT that holds the layers, as other models embed it."""
+    model = vit_model()
+    return Stack(*model.layers) if hasattr(model, "layers") else model.encoder
+
+
+def torch_encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
+
+
+def frames(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+ENCODERS = {
+    "conformer encoder": (conformer_encoder, lambda e: e.layers, frames(2, 11, WIDTH)),
+    "conformer": (conformer_model, lambda e: e.encoder.layers, frames(2, 200)),
+    "vit": (vit_model, lambda e: e.layers if hasattr(e, "layers") else e.encoder.layer, frames(2, 3, 12, 12)),
+    "vit encoder": (vit_encoder, lambda e: e.layers if hasattr(e, "layers") else e.layer, frames(2, 11, WIDTH)),
+    "torch": (torch_encoder, lambda e: e.layers, frames(2, 11, WIDTH)),
+    "own": (lambda: Stack(*(Block() for _ in range(LAYERS))), lambda e: e.layers, frames(2, 11, WIDTH)),
+}
+
+
+def made(make: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return shake(make()).double().eval()
+
+
+def run(encoder: nn.Module, x: Tensor) -> Results:
+    output = encoder(x)
+    return {"last": output if isinstance(output, Tensor) else output.last_hidden_state}
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"pool": "max", "pool_size": 3}, {"pool": "mean", "pool_size": 4}], ids=str)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_outputs_and_every_gradient(name: str, options: dict[str, Any]) -> None:
+    make, layers, x = ENCODERS[name]
+    encoder = made(make)
+    routing = {key: value for key, value in options.items() if key == "top_k"}
+    pooling = {key: value for key, value in options.items() if key != "top_k"}
+    aligner = draw_aligner(WIDTH, EXPERTS, LAYERS, **routing)
+    ours = steer_encoder(copy.deepcopy(encoder), fused_aligner(aligner, torch.float64), **pooling)
+    oracle = hooked(encoder, layers, aligner, torch.float64, **pooling)
+    assert_same(differentiate(ours, x.clone(), run), differentiate(oracle, x.clone(), run))
+    with torch.inference_mode():
+        torch.testing.assert_close(run(ours, x.clone())["last"], run(oracle, x.clone())["last"], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_shape_of_an_encoder(name: str) -> None:
+    encoder = made(ENCODERS[name][0])
+    assert describe_encoder(encoder) == (WIDTH, LAYERS, torch.device("cpu"), torch.float64)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert describe_encoder(encoder.to(dtype)).dtype == torch.float32  # parameters stay in float32 under a half-precision stream
+    aligner = FusedSteerMoE.for_encoder(encoder, 4, top_k=2)
+    assert aligner.steering_vectors.shape == (LAYERS, 4, WIDTH)
+    steer_encoder(encoder, aligner)
+
+
+@pytest.mark.parametrize("name", ["whisper", "openai-whisper"])
+def test_the_shape_of_a_whisper_encoder(name: str) -> None:
+    encoder: nn.Module
+    if name == "whisper":
+        whisper = pytest.importorskip("transformers.models.whisper.modeling_whisper")
+        encoder = whisper.WhisperEncoder(whisper.WhisperConfig(d_model=24, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32))
+    else:
+        encoder = pytest.importorskip("whisper.model").AudioEncoder(6, 10, 24, 2, 2)
+    assert describe_encoder(encoder) == (24, 2, torch.device("cpu"), torch.float32)
+    assert describe_encoder(encoder.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["conformer", "vit"])
+def test_hidden_states(name: str) -> None:
+    make, layers, x = ENCODERS[name]
+    encoder = made(make)
+    aligner = draw_aligner(WIDTH, EXPERTS, LAYERS)
+    ours = steer_encoder(copy.deepcopy(encoder), fused_aligner(aligner, torch.float64), pool="mean", pool_size=4)
+    oracle = hooked(encoder, layers, aligner, torch.float64, pool="mean", pool_size=4)
+    for state, expected in zip(
+        ours(x, output_hidden_states=True).hidden_states, oracle(x, output_hidden_states=True).hidden_states, strict=True
+    ):
+        torch.testing.assert_close(state, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_hooks_that_were_there_before_see_the_steered_stream() -> None:
+    encoder = made(ENCODERS["own"][0])
+    seen = []
+    encoder.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    aligner = draw_aligner(WIDTH, EXPERTS, LAYERS)
+    x = frames(1, 5, WIDTH)
+    plain = encoder.layers[0](x)
+    steer_encoder(encoder, fused_aligner(aligner, torch.float64))
+    encoder(x)
+    torch.testing.assert_close(seen[1], aligner(plain, 0), rtol=1e-10, atol=1e-10)
+
+
+def test_gates_are_recorded() -> None:
+    encoder = made(ENCODERS["conformer"][0])
+    steer_encoder(encoder, FusedSteerMoE.for_encoder(encoder, 4))
+    with encoder.steering.record_gates() as gates:
+        length = run(encoder, frames(2, 200))["last"].shape[1]
+    assert {layer: tuple(g.shape) for layer, g in gates.items()} == dict.fromkeys(range(LAYERS), (2, length, 4))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    encoder = made(ENCODERS["conformer encoder"][0]).train()
+    aligner = draw_aligner(WIDTH, EXPERTS, LAYERS)
+    ours = steer_encoder(copy.deepcopy(encoder), fused_aligner(aligner, torch.float64))
+    for layer in ours.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = lambda function, *args: torch.utils.checkpoint.checkpoint(
+            function, *args, use_reentrant=reentrant
+        )
+    found = []
+    for each in (ours, hooked(encoder, lambda e: e.layers, aligner, torch.float64)):
+        x = frames(2, 11, WIDTH).requires_grad_()
+        y = run(each, 1 * x)["last"]
+        y.square().sum().backward()
+        gradients = {name: parameter.grad for name, parameter in each.named_parameters() if parameter.grad is not None}
+        found.append({"y": y.detach(), "x": x.grad} | gradients)
+    assert_same(*found)
+
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda y: (y, "more"),
+        lambda y: [y, "more"],
+        lambda y: Pair(y, "more"),
+        lambda y: {"first": y, "second": "more"},
+        lambda y: OrderedDict(first=y, second="more"),
+    ],
+    ids=["tuple", "list", "namedtuple", "dict", "OrderedDict"],
+)
+def test_layers_that_return_more_than_the_stream(shape: Any) -> None:
+    plain = made(lambda: Stack(*(Block() for _ in range(LAYERS))))
+    encoder = copy.deepcopy(plain)
+    for layer in encoder.layers:
+        layer.shape = shape
+    aligner = draw_aligner(WIDTH, EXPERTS, LAYERS)
+    steer_encoder(encoder, fused_aligner(aligner, torch.float64))
+    x = frames(2, 11, WIDTH)
+    output = encoder.layers[0](x)
+    assert type(output) is type(shape(x)) and len(output) == 2 and (output["second"] if isinstance(output, dict) else output[1]) == "more"
+    assert_same(differentiate(encoder, x, run), differentiate(hooked(plain, lambda e: e.layers, aligner, torch.float64), x, run))
+
+
+def test_model_outputs_stay_model_outputs() -> None:
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    encoder = made(lambda: Stack(*(Block(shape=lambda y: outputs.BaseModelOutput(last_hidden_state=y)) for _ in range(LAYERS))))
+    steer_encoder(encoder, fused_aligner(draw_aligner(WIDTH, EXPERTS, LAYERS), torch.float64))
+    output = encoder.layers[0](frames(2, 11, WIDTH))
+    assert isinstance(output, outputs.BaseModelOutput) and output.last_hidden_state is output[0]
+
+
+@pytest.mark.parametrize("shape", [lambda y: None, lambda y: (), lambda y: 3])
+def test_layers_that_return_no_stream(shape: Any) -> None:
+    encoder = made(lambda: Stack(*(Block(shape=shape) for _ in range(LAYERS))))
+    steer_encoder(encoder, fused_aligner(draw_aligner(WIDTH, EXPERTS, LAYERS), torch.float64))
+    with pytest.raises(TypeError, match="a steered layer must return a tensor"):
+        encoder.layers[0](frames(2, 11, WIDTH))
+
+
+def test_pooling_refuses_a_training_step_that_may_skip_the_last_layer() -> None:
+    encoder = conformer_model().train()
+    encoder.config.layerdrop = 0.1
+    steer_encoder(encoder, FusedSteerMoE.for_encoder(encoder), pool="mean", pool_size=4)
+    x = frames(2, 200).float()
+    with pytest.raises(RuntimeError, match="set layerdrop to 0"):
+        encoder(x)
+    assert encoder.eval()(x).last_hidden_state.shape[1] == 3
+    encoder.config.layerdrop = 0.0
+    assert encoder.train()(x).last_hidden_state.shape[1] == 3
+
+
+def test_half_precision_streams_are_pooled_in_float32() -> None:
+    encoder = made(ENCODERS["own"][0]).to(torch.bfloat16)
+    encoder.norm = nn.Identity()
+    aligner = draw_aligner(WIDTH, EXPERTS, LAYERS)
+    steer_encoder(encoder, fused_aligner(aligner, torch.float32), pool="mean", pool_size=11)
+    stream = []
+    encoder.layers[2].register_forward_hook(lambda module, args, output: stream.append(args[0]))
+    y = encoder(frames(1, 11, WIDTH).bfloat16())
+    unpooled = aligner.float()(Block.forward(encoder.layers[2], stream[0]), 2)
+    assert torch.equal(y, reference.pool_frames(unpooled.float(), "mean", 11).bfloat16())
+
+
+# --- which layers -----------------------------------------------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    """Two stacks side by side, as an encoder and a decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = Stack(Block(), Block()), Stack(Block())
+
+
+class Nested(nn.Module):
+    """A list whose members hold lists of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([Stack(Block(), Block()), Stack(Block(), Block())])
+
+    def forward(self, h: Tensor) -> Tensor:
+        for stage in self.stages:
+            h = stage(h)
+        return h
+
+
+class WithConvolutions(nn.Module):
+    """A feature extractor with a longer list of its own, of the same width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList([nn.Sequential(nn.Conv1d(WIDTH, WIDTH, 1), nn.LayerNorm(WIDTH)) for _ in range(7)])
+        self.stack = Stack(*(Block() for _ in range(LAYERS)))
+
+
+def test_a_feature_extractors_convolutions_are_not_the_layers() -> None:
+    assert describe_encoder(WithConvolutions()) == (WIDTH, LAYERS, torch.device("cpu"), torch.float32)
+
+
+def test_the_outermost_list_holds_the_layers() -> None:
+    encoder = Nested().double()
+    aligner = draw_aligner(WIDTH, EXPERTS, 2)
+    ours = steer_encoder(copy.deepcopy(encoder), fused_aligner(aligner, torch.float64))
+    x = frames(2, 11, WIDTH)
+    assert_same(differentiate(ours, x, run), differentiate(hooked(encoder, lambda e: e.stages, aligner, torch.float64), x, run))
+
+
+def test_two_stacks_are_an_error_that_names_them() -> None:
+    with pytest.raises(ValueError, match=r"not clear which layers of Two to steer: it holds the lists encoder\.layers, decoder\.layers"):
+        describe_encoder(Two())
+    steer_encoder(Two().encoder, FusedSteerMoE(WIDTH, 4, 2))
+
+
+@pytest.mark.parametrize("encoder", [nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3)), Stack()], ids=["Linear", "Sequential", "empty list"])
+def test_an_encoder_without_layers(encoder: nn.Module) -> None:
+    with pytest.raises(ValueError, match="no layers to steer"):
+        steer_encoder(encoder, FusedSteerMoE(3, 4, 1))
+    with pytest.raises(ValueError, match="no layers to steer"):
+        FusedSteerMoE.for_encoder(encoder)
+
+
+def test_one_layer_used_several_times() -> None:
+    block = Block()
+    with pytest.raises(ValueError, match="uses one layer several times"):
+        steer_encoder(Stack(block, block), FusedSteerMoE(WIDTH, 4, 2))
+
+
+def test_a_width_that_cannot_be_told() -> None:
+    encoder = Stack(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    with pytest.raises(ValueError, match="width of Stack cannot be told"):
+        FusedSteerMoE.for_encoder(encoder)
+    steer_encoder(encoder, FusedSteerMoE(WIDTH, 4, 2))
+    assert encoder(frames(2, 11, WIDTH).float()).shape == (2, 11, WIDTH)
+
+
+def test_a_width_that_only_the_config_tells() -> None:
+    encoder = Stack(nn.Linear(WIDTH, WIDTH))
+    encoder.config = {"d_model": WIDTH}
+    assert describe_encoder(encoder).feature_dim == WIDTH
+    with pytest.raises(ValueError, match="width 12, the aligner has 7"):
+        steer_encoder(encoder, FusedSteerMoE(7, 4, 1))

@@ -1,0 +1,321 @@
+"""A steered encoder as an object: copied, saved, moved, steered twice, unsteered; and the arguments that are refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from steermoe_kernels import FusedSteerMoE, reference, steer_encoder, unsteer_encoder
+from steermoe_kernels.encoders.stream import Steered
+
+BINS, POSITIONS, WIDTH, LAYERS = 6, 10, 12, 3
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.linear(self.norm(h))
+
+
+class Encoder(nn.Module):
+    """Takes spectrograms, as the others here do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(BINS, WIDTH)
+        self.layers = nn.ModuleList([Block() for _ in range(LAYERS)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x.mT)
+        for layer in self.layers:
+            h = layer(h)
+        return h
+
+
+def whisper() -> nn.Module:
+    modeling = pytest.importorskip("transformers.models.whisper.modeling_whisper")
+    config = modeling.WhisperConfig(
+        d_model=WIDTH,
+        encoder_layers=LAYERS,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        max_source_positions=POSITIONS,
+        num_mel_bins=BINS,
+    )
+    return modeling.WhisperEncoder(config)
+
+
+def openai_whisper() -> nn.Module:
+    return pytest.importorskip("whisper.model").AudioEncoder(BINS, POSITIONS, WIDTH, 2, LAYERS)
+
+
+@pytest.fixture(params=[whisper, openai_whisper, Encoder], ids=["whisper", "openai-whisper", "layered"])
+def encoder(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    return request.param().eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, BINS, 2 * POSITIONS, generator=torch.Generator().manual_seed(0))
+
+
+def run(encoder: nn.Module, x: Tensor) -> Tensor:
+    output = encoder(x)
+    return output if isinstance(output, Tensor) else output.last_hidden_state
+
+
+def aligner_for(encoder: nn.Module, **options: Any) -> FusedSteerMoE:
+    torch.manual_seed(1)
+    aligner = FusedSteerMoE.for_encoder(encoder, 4, steering_scale=3.0, **options)
+    nn.init.normal_(aligner.steering_vectors)
+    return aligner
+
+
+def snapshot(encoder: nn.Module) -> dict[str, Any]:
+    """All there is to an encoder beside its tensors: classes, attributes, hooks, names."""
+    return {
+        name: (type(module), sorted(module.__dict__), list(module._modules), list(module._forward_hooks), list(module._forward_pre_hooks))
+        for name, module in encoder.named_modules()
+    } | {"state": list(encoder.state_dict())}
+
+
+@pytest.mark.parametrize("pooling", [{}, {"pool": "max", "pool_size": 3}], ids=["unpooled", "pooled"])
+def test_unsteering_leaves_no_trace(encoder: nn.Module, x: Tensor, pooling: dict[str, Any]) -> None:
+    hook = encoder.get_submodule("layers.1" if hasattr(encoder, "layers") else "blocks.1").register_forward_hook(lambda *_: None)
+    before, y = snapshot(encoder), run(encoder, x)
+    aligner = aligner_for(encoder)
+    assert steer_encoder(encoder, aligner, **pooling) is encoder
+    assert snapshot(encoder) != before and not torch.equal(run(encoder, x)[:, :1], y[:, :1])
+    assert unsteer_encoder(encoder) is encoder
+    assert snapshot(encoder) == before
+    assert torch.equal(run(encoder, x), y)
+    hook.remove()
+    steer_encoder(encoder, aligner)  # and once more
+    assert encoder.steering is aligner
+
+
+def test_unsteering_twice(encoder: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match="is not steered"):
+        unsteer_encoder(encoder)
+    steer_encoder(encoder, aligner_for(encoder))
+    unsteer_encoder(encoder)
+    with pytest.raises(RuntimeError, match="is not steered"):
+        unsteer_encoder(encoder)
+
+
+def test_steering_twice(encoder: nn.Module, x: Tensor) -> None:
+    steer_encoder(encoder, aligner_for(encoder))
+    y, before = run(encoder, x), snapshot(encoder)
+    with pytest.raises(RuntimeError, match="is steered already: call unsteer_encoder"):
+        steer_encoder(encoder, aligner_for(encoder))
+    assert snapshot(encoder) == before and torch.equal(run(encoder, x), y)
+
+
+def test_steering_around_a_steered_encoder(encoder: nn.Module) -> None:
+    outer = nn.Sequential(encoder)
+    steer_encoder(encoder, aligner_for(encoder))
+    with pytest.raises(RuntimeError, match="is steered already"):
+        steer_encoder(outer, aligner_for(encoder))
+    with pytest.raises(RuntimeError, match="is not steered"):
+        unsteer_encoder(outer)
+
+
+def test_the_class_keeps_its_name_and_other_instances_their_class(encoder: nn.Module, x: Tensor) -> None:
+    other = copy.deepcopy(encoder)
+    plain, y = type(encoder), run(encoder, x)
+    steer_encoder(encoder, aligner_for(encoder))
+    assert isinstance(encoder, plain) and str(type(encoder)) == str(plain)
+    assert not any(isinstance(module, Steered) for module in other.modules())
+    assert torch.equal(run(other, x), y)
+
+
+def test_the_aligner_is_a_part_of_the_encoder(encoder: nn.Module) -> None:
+    names = set(encoder.state_dict())
+    steer_encoder(encoder, aligner_for(encoder))
+    added = {"steering_vectors", "layer_scales", "router.weight", "router.bias"}
+    assert set(encoder.state_dict()) - names == {f"steering.{name}" for name in added}
+    assert names < set(encoder.state_dict())
+    assert {name for name, _ in encoder.named_parameters()} >= {f"steering.{name}" for name in added}
+    assert len(list(encoder.parameters())) == len({id(parameter) for parameter in encoder.parameters()})
+
+
+def test_a_copy_is_steered_by_its_own_aligner(encoder: nn.Module, x: Tensor) -> None:
+    steer_encoder(encoder, aligner_for(encoder), pool="mean", pool_size=3)
+    twin = copy.deepcopy(encoder)
+    y = run(encoder, x)
+    assert torch.equal(run(twin, x), y)
+    assert twin.steering is not encoder.steering
+    with torch.no_grad():
+        twin.steering.layer_scales.zero_()
+    assert torch.equal(run(encoder, x), y) and not torch.equal(run(twin, x), y)
+    run(twin, x).sum().backward()
+    assert twin.steering.layer_scales.grad is not None and encoder.steering.layer_scales.grad is None
+    unsteer_encoder(twin)
+    assert torch.equal(run(encoder, x), y)
+
+
+@pytest.mark.parametrize("save", ["pickle", "torch.save"])
+def test_a_pickled_encoder_comes_back_steered(encoder: nn.Module, x: Tensor, save: str) -> None:
+    plain = run(encoder, x)
+    steer_encoder(encoder, aligner_for(encoder), pool="max", pool_size=3)
+    if save == "pickle":
+        twin = pickle.loads(pickle.dumps(encoder))
+    else:
+        file = io.BytesIO()
+        torch.save(encoder, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert torch.equal(run(twin, x), run(encoder, x))
+    with torch.no_grad():
+        twin.steering.layer_scales.zero_()
+    assert not torch.equal(run(twin, x), run(encoder, x))
+    assert torch.equal(run(unsteer_encoder(twin), x), plain)
+
+
+def test_a_pickled_encoder_comes_back_in_another_process(x: Tensor, tmp_path: Any) -> None:
+    encoder = whisper().eval()
+    steer_encoder(encoder, aligner_for(encoder))
+    torch.save((encoder, x, run(encoder, x).detach()), tmp_path / "steered.pt")
+    program = "import sys, torch; e, x, y = torch.load(sys.argv[1], weights_only=False); assert torch.equal(e(x).last_hidden_state, y)"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "steered.pt")], check=True)
+
+
+def test_a_state_dict_carries_the_steering_over(encoder: nn.Module, x: Tensor) -> None:
+    twin = copy.deepcopy(encoder)
+    steer_encoder(encoder, aligner_for(encoder))
+    steer_encoder(twin, FusedSteerMoE.for_encoder(twin, 4))
+    assert not torch.equal(run(twin, x), run(encoder, x))
+    twin.load_state_dict(encoder.state_dict())
+    assert torch.equal(run(twin, x), run(encoder, x))
+
+
+@pytest.mark.parametrize(
+    "move", [lambda e: e.double(), lambda e: e.to(torch.bfloat16), lambda e: e.to("meta")], ids=["double", "bf16", "meta"]
+)
+def test_moving_an_encoder_moves_its_aligner(encoder: nn.Module, move: Callable[[nn.Module], nn.Module]) -> None:
+    steer_encoder(encoder, aligner_for(encoder))
+    moved = move(encoder)
+    wanted = next(moved.parameters())
+    assert all((parameter.dtype, parameter.device) == (wanted.dtype, wanted.device) for parameter in moved.steering.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_moved_encoder_runs(encoder: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    if type(encoder).__name__ == "AudioEncoder":
+        pytest.skip("openai-whisper's norms run with float32 weights only")
+    steer_encoder(encoder, aligner_for(encoder))
+    y = run(encoder, x)
+    assert (run(encoder.to(dtype), x.to(dtype)).double() - y.double()).abs().max() < 0.3
+    assert run(encoder, x.to(dtype)).dtype == dtype
+
+
+def test_several_encoders_at_once(encoder: nn.Module, x: Tensor) -> None:
+    other = Encoder()
+    steer_encoder(encoder, aligner_for(encoder))
+    y = run(encoder, x)
+    steer_encoder(other, aligner_for(other))
+    assert torch.equal(run(encoder, x), y)
+    unsteer_encoder(other)
+    assert torch.equal(run(encoder, x), y)
+
+
+def test_one_aligner_for_two_encoders(encoder: nn.Module, x: Tensor) -> None:
+    twin, aligner = copy.deepcopy(encoder), aligner_for(encoder)
+    steer_encoder(encoder, aligner)
+    steer_encoder(twin, aligner)
+    (run(encoder, x).sum() + run(twin, x).sum()).backward()
+    both = aligner.steering_vectors.grad.clone()
+    aligner.zero_grad()
+    run(encoder, x).sum().backward()
+    torch.testing.assert_close(both, 2 * aligner.steering_vectors.grad)
+
+
+def test_training_only_the_aligner(encoder: nn.Module, x: Tensor) -> None:
+    encoder.requires_grad_(False)
+    steer_encoder(encoder, aligner_for(encoder))
+    run(encoder, x).square().sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.any()) == name.startswith("steering."), name
+
+
+def test_a_saved_hidden_state_takes_nothing_along(x: Tensor) -> None:
+    """The normalised frames that travel with a layer's output do not end up in files and copies."""
+    encoder = whisper().eval()
+    steer_encoder(encoder, aligner_for(encoder))
+    outputs = []
+    encoder.layers[0].register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        run(encoder, x)
+    sizes = []
+    for tensor in (outputs[0], outputs[0].clone()):
+        file = io.BytesIO()
+        torch.save(tensor, file)
+        sizes.append(file.getbuffer().nbytes)
+    assert sizes[0] < sizes[1] + 1000
+    assert copy.deepcopy(outputs[0])._steered is None
+
+
+# --- refused, and nothing changed -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("aligner", "options", "error", "words"),
+    [
+        (lambda: FusedSteerMoE(WIDTH, 4, LAYERS + 1), {}, ValueError, "has 3 layers, the aligner has 4"),
+        (lambda: FusedSteerMoE(WIDTH + 1, 4, LAYERS), {}, ValueError, "has width 12, the aligner has 13"),
+        (lambda: FusedSteerMoE(WIDTH, 4, LAYERS, device="meta"), {}, ValueError, "is on cpu, the aligner on meta"),
+        (lambda: FusedSteerMoE(WIDTH, 4, LAYERS), {"pool": "median"}, ValueError, "pool must be None, 'max' or 'mean', got 'median'"),
+        (lambda: FusedSteerMoE(WIDTH, 4, LAYERS), {"pool": "max", "pool_size": 0}, ValueError, "pool_size must be at least 1, got 0"),
+        (lambda: FusedSteerMoE(WIDTH, 4, LAYERS), {"pool": "max", "pool_size": 2.0}, TypeError, "pool_size must be an integer"),
+        (lambda: reference.SteerMoEAligner(WIDTH, 4, LAYERS), {}, TypeError, "aligner must be a FusedSteerMoE, got SteerMoEAligner"),
+        (lambda: None, {}, TypeError, "aligner must be a FusedSteerMoE, got NoneType"),
+    ],
+)
+def test_bad_arguments_change_nothing(encoder: nn.Module, x: Tensor, aligner: Any, options: Any, error: Any, words: str) -> None:
+    before, y = snapshot(encoder), run(encoder, x)
+    with pytest.raises(error, match=words):
+        steer_encoder(encoder, aligner(), **options)
+    assert snapshot(encoder) == before and torch.equal(run(encoder, x), y)
+
+
+def test_a_name_that_is_taken(encoder: nn.Module) -> None:
+    encoder.steering = nn.Identity()
+    with pytest.raises(ValueError, match="has an attribute called steering"):
+        steer_encoder(encoder, FusedSteerMoE(WIDTH, 4, LAYERS))
+
+
+@pytest.mark.parametrize("function", [lambda e: steer_encoder(e, FusedSteerMoE(WIDTH, 4, LAYERS)), FusedSteerMoE.for_encoder])
+def test_something_that_is_no_module(function: Any) -> None:
+    with pytest.raises(TypeError, match=r"encoder must be a torch\.nn module, got str"):
+        function("openai/whisper-tiny")
+    with pytest.raises(RuntimeError, match="str is not steered"):
+        unsteer_encoder("openai/whisper-tiny")  # type: ignore[arg-type]
+
+
+def test_importing_the_package_imports_no_encoder() -> None:
+    program = "import sys, steermoe_kernels; print([name for name in ('transformers', 'whisper') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_steering_ones_own_encoder_imports_no_other() -> None:
+    program = (
+        "import sys; sys.modules['transformers'] = sys.modules['whisper'] = None\n"
+        "from torch import nn; from steermoe_kernels import FusedSteerMoE, steer_encoder\n"
+        "class Encoder(nn.Module):\n"
+        "    def __init__(self): super().__init__(); self.layers = nn.ModuleList([nn.LayerNorm(4)])\n"
+        "steer_encoder(e := Encoder(), FusedSteerMoE.for_encoder(e))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

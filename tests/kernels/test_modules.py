@@ -1,0 +1,316 @@
+"""`FusedSteerMoE`: names, sizes, what it starts from, what it shares with the plain aligner, and how it copies."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_as_accurate
+from problems import dtypes_of
+from torch import Tensor, nn
+
+from steermoe_kernels import FusedSteerMoE, reference
+from steermoe_kernels import functional as SF
+
+WIDTH, EXPERTS, LAYERS, OUT = 12, 5, 3, 7
+
+
+def _aligner(backend: str, device: torch.device | str = "cpu", **settings: object) -> FusedSteerMoE:
+    torch.manual_seed(0)
+    aligner = FusedSteerMoE(WIDTH, EXPERTS, LAYERS, backend=backend, **{"output_dim": OUT} | settings).to(device)  # type: ignore[arg-type]
+    with torch.no_grad():
+        aligner.steering_vectors.normal_()
+        aligner.layer_scales.copy_(torch.linspace(0.1, 0.4, LAYERS))
+    return aligner
+
+
+def _frames(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [FusedSteerMoE, reference.SteerMoEAligner])
+def test_the_published_size(kind: type) -> None:
+    """Whisper-large-v3 with 8 experts, read by a language model of width 896."""
+    aligner = kind(1280, num_experts=8, num_layers=32, output_dim=896, device="meta")
+    shapes = {name: tuple(parameter.shape) for name, parameter in aligner.named_parameters()}
+    assert shapes == {
+        "steering_vectors": (32, 8, 1280),
+        "layer_scales": (32,),
+        "router.weight": (256, 1280),
+        "router.bias": (256,),
+        "prompt_proj.weight": (896, 1280),
+        "prompt_proj.bias": (896,),
+    }
+    assert sum(parameter.numel() for parameter in aligner.parameters()) == 1_803_424
+    assert not list(aligner.buffers())
+
+
+def test_what_it_starts_from() -> None:
+    torch.manual_seed(0)
+    aligner = FusedSteerMoE(256, 16, 8, steering_scale=0.25)
+    vectors = aligner.steering_vectors
+    assert abs(vectors.mean().item()) < 4 * 0.01 / vectors.numel() ** 0.5
+    assert abs(vectors.std().item() - 0.01) < 1e-4
+    assert (aligner.layer_scales == 0.25).all()
+    torch.manual_seed(0)
+    torch.randn(8, 16, 256)
+    linear = nn.Linear(256, 8 * 16)
+    assert torch.equal(aligner.router.weight, linear.weight) and torch.equal(aligner.router.bias, linear.bias)
+    assert aligner.prompt_proj is None
+    assert (FusedSteerMoE(4).num_experts, FusedSteerMoE(4).num_layers) == (8, 1)
+    assert (FusedSteerMoE(4).layer_scales == torch.tensor(0.1)).all()
+
+
+def test_the_plain_aligner_takes_the_same_arguments() -> None:
+    fused, plain = (inspect.signature(kind).parameters for kind in (FusedSteerMoE, reference.SteerMoEAligner))
+    assert {name: parameter for name, parameter in fused.items() if name != "backend"} == dict(plain)
+
+
+@pytest.mark.parametrize("output_dim", [None, OUT])
+def test_state_dicts_are_interchangeable(output_dim: int | None) -> None:
+    fused, plain = (kind(WIDTH, EXPERTS, LAYERS, output_dim=output_dim) for kind in (FusedSteerMoE, reference.SteerMoEAligner))
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    for source, target in ((fused, plain), (plain, fused)):
+        nn.init.normal_(source.layer_scales)
+        target.load_state_dict(source.state_dict())
+        for name, tensor in source.state_dict().items():
+            assert torch.equal(target.state_dict()[name], tensor), name
+
+
+def test_the_same_seed_makes_the_same_aligner() -> None:
+    made = []
+    for kind in (FusedSteerMoE, reference.SteerMoEAligner):
+        torch.manual_seed(3)
+        made.append(kind(WIDTH, EXPERTS, LAYERS, output_dim=OUT).state_dict())
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_k, renormalize", [(None, True), (2, True), (2, False)])
+def test_every_layer_is_the_plain_aligners(backend: str, device: torch.device, top_k: int | None, renormalize: bool) -> None:
+    fused = _aligner(backend, device, top_k=top_k, renormalize=renormalize)
+    if top_k is not None:  # experts far apart, so that all take the same
+        nn.init.normal_(fused.router.bias, std=20.0, generator=torch.Generator(device).manual_seed(4))
+
+    def run(kind: type, dtype: torch.dtype) -> dict[str, Tensor]:
+        if kind is FusedSteerMoE:
+            aligner: Any = fused
+        else:
+            aligner = kind(WIDTH, EXPERTS, LAYERS, top_k=top_k, renormalize=renormalize, output_dim=OUT, device=device, dtype=dtype)
+            aligner.load_state_dict(fused.state_dict())
+        h = _frames(device, dtype).requires_grad_()
+        results = {}
+        y = h
+        for layer in range(LAYERS):
+            y, results[f"gates {layer}"] = aligner(y, layer, return_gates=True)
+            assert torch.equal(aligner(y, layer), aligner(y, layer, return_gates=True)[0])
+        q = aligner.project(y)
+        (q.square().sum() + results["gates 1"].square().sum()).backward()
+        grads = {"d" + name: parameter.grad for name, parameter in aligner.named_parameters()}
+        return {"y": y, "q": q, "dh": h.grad} | results | grads
+
+    plain, exact = run(reference.SteerMoEAligner, torch.float32), run(reference.SteerMoEAligner, torch.float64)
+    assert_as_accurate(run(FusedSteerMoE, torch.float32), plain, exact, torch.float32)
+
+
+def test_one_layer_is_the_default(backend: str, device: torch.device) -> None:
+    aligner = _aligner(backend, device)
+    assert torch.equal(aligner(_frames(device)), aligner(_frames(device), 0))
+    assert not torch.equal(aligner(_frames(device)), aligner(_frames(device), 1))
+
+
+def test_frames_of_any_rank(backend: str, device: torch.device) -> None:
+    aligner, h = _aligner(backend, device), _frames(device)
+    whole, gates = aligner(h, 1, return_gates=True)
+    assert gates.shape == (2, 5, EXPERTS)
+    for shape in ((10, WIDTH), (1, 2, 1, 5, WIDTH)):
+        y, g = aligner(h.view(shape), 1, return_gates=True)
+        assert y.shape == shape and g.shape == (*shape[:-1], EXPERTS)
+        assert torch.equal(y.view(2, 5, WIDTH), whole)
+    y, g = aligner(h[0, 0], 1, return_gates=True)
+    assert y.shape == (WIDTH,) and g.shape == (EXPERTS,)
+    torch.testing.assert_close(y, whole[0, 0])
+
+
+def test_layer_parameters_are_the_layers(backend: str, device: torch.device) -> None:
+    aligner = _aligner(backend, device)
+    slices = aligner.layer_parameters()
+    assert len(slices) == LAYERS
+    for layer, cut in enumerate(slices):
+        for name, tensor in aligner.layer(layer)._asdict().items():
+            assert torch.equal(getattr(cut, name), tensor), name
+
+    def gradients(cut_once: bool) -> list[Tensor]:
+        parameters = aligner.layer_parameters() if cut_once else [aligner.layer(layer) for layer in range(LAYERS)]
+        y = _frames(device)
+        for layer in parameters:
+            y, _ = SF.steer(y, *layer, backend=backend)
+        trained = [parameter for name, parameter in aligner.named_parameters() if not name.startswith("prompt_proj")]
+        return list(torch.autograd.grad(y.square().sum(), trained))
+
+    assert all(torch.equal(once, each) for once, each in zip(gradients(True), gradients(False), strict=True))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_steer_norm_takes_the_norm_that_reads_next(backend: str, device: torch.device, affine: bool) -> None:
+    aligner, x, residual = _aligner(backend, device, top_k=2), _frames(device), _frames(device).flip(0)
+    norm = nn.LayerNorm(WIDTH, eps=1e-3, elementwise_affine=affine, device=device)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    settings: dict[str, Any] = {"residual": residual, "pool": "mean", "pool_size": 2}
+    with aligner.record_gates() as gates:
+        y, normed = aligner.steer_norm(x, 1, norm, **settings)
+        again = aligner.steer_norm(x, 1, norm, parameters=aligner.layer_parameters()[1], **settings)
+    expected = SF.steer_norm(x, *aligner.layer(1), norm.weight, norm.bias, eps=1e-3, top_k=2, backend=backend, **settings)
+    for mine, theirs in ((y, expected[0]), (normed, expected[1]), (gates[1], expected[2]), (again[0], y), (again[1], normed)):
+        assert torch.equal(mine, theirs)
+
+
+# --- project ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_project(backend: str, device: torch.device) -> None:
+    proj = _aligner(backend, device).prompt_proj
+    for dtype in dtypes_of(backend, device):
+        incoming = torch.randn(2, 5, OUT, generator=torch.Generator().manual_seed(5))
+        given = [tensor.detach().to(device, dtype) for tensor in (_frames(), proj.weight, proj.bias, incoming)]
+        fused, plain = _projected(SF.project, *given), _projected(nn.functional.linear, *given)
+        exact = _projected(nn.functional.linear, *(tensor.double() for tensor in given))
+        assert {tensor.dtype for tensor in fused.values()} == {dtype}
+        assert_as_accurate(fused, plain, exact, dtype)
+
+
+def _projected(project: Callable, h: Tensor, weight: Tensor, bias: Tensor, incoming: Tensor) -> dict[str, Tensor]:
+    inputs = [tensor.requires_grad_() for tensor in (h.clone(), weight.clone(), bias.clone())]
+    q = project(*inputs)
+    return {"q": q.detach()} | dict(zip(("dh", "dweight", "dbias"), torch.autograd.grad(q, inputs, incoming), strict=True))
+
+
+def test_project_with_float32_weights_under_a_half_stream(device: torch.device, backend: str) -> None:
+    aligner = _aligner(backend, device)
+    for dtype in dtypes_of(backend, device):
+        h = _frames(device, dtype).requires_grad_()
+        q = aligner.project(h)
+        assert q.dtype == dtype and q.shape == (2, 5, OUT)
+        q.sum().backward()
+        assert h.grad is not None and h.grad.dtype == dtype
+        assert {parameter.grad.dtype for parameter in aligner.prompt_proj.parameters()} == {torch.float32}
+        aligner.zero_grad()
+
+
+@pytest.mark.parametrize("wanted", [(), ("h",), ("weight",), ("bias",), ("h", "bias")])
+def test_project_computes_what_is_wanted(wanted: tuple[str, ...]) -> None:
+    tensors = {"h": torch.randn(4, WIDTH), "weight": torch.randn(OUT, WIDTH), "bias": torch.randn(OUT)}
+    for name in wanted:
+        tensors[name].requires_grad_()
+    q = SF.project(*tensors.values())
+    assert q.requires_grad == bool(wanted)
+    if wanted:
+        q.sum().backward()
+    assert {name for name, tensor in tensors.items() if tensor.grad is not None} == set(wanted)
+
+
+# --- record_gates -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_record_gates(backend: str, device: torch.device) -> None:
+    aligner, h = _aligner(backend, device), _frames(device)
+    aligner(h, 0)
+    with aligner.record_gates() as gates:
+        assert gates == {}
+        _, first = aligner(h, 0, return_gates=True)
+        aligner(h, 2)
+        assert set(gates) == {0, 2} and gates[0] is first
+        assert gates[2].shape == (2, 5, EXPERTS)
+        _, again = aligner(h + 1, 0, return_gates=True)
+        assert gates[0] is again, "a layer's latest pass stays"
+    aligner(h, 1)
+    assert set(gates) == {0, 2}, "recording ended with the block"
+    sum(gate.square().sum() for gate in gates.values()).backward()  # type: ignore[union-attr]
+    assert aligner.router.weight.grad is not None
+    rows = aligner.router.weight.grad.view(LAYERS, EXPERTS, WIDTH).abs().sum((1, 2))
+    assert rows[0] > 0 and rows[1] == 0 and rows[2] > 0
+
+
+def test_nested_records(backend: str, device: torch.device) -> None:
+    aligner, h = _aligner(backend, device), _frames(device)
+    with aligner.record_gates() as outer:
+        aligner(h, 0)
+        with aligner.record_gates() as inner:
+            aligner(h, 1)
+        aligner(h, 2)
+    assert set(outer) == {0, 1, 2} and set(inner) == {1}
+    assert inner[1] is outer[1]
+
+
+def test_a_record_that_ends_in_an_error(backend: str, device: torch.device) -> None:
+    aligner, h = _aligner(backend, device), _frames(device)
+    with pytest.raises(ZeroDivisionError), aligner.record_gates() as gates:
+        aligner(h, 0)
+        raise ZeroDivisionError
+    aligner(h, 1)
+    assert set(gates) == {0}
+
+
+# --- copies and conversions -------------------------------------------------------------------------------------------------------------
+
+
+def _through_pickle(aligner: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(aligner))
+
+
+def _through_a_file(aligner: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(aligner, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _through_pickle, _through_a_file])
+def test_copies(backend: str, device: torch.device, duplicate: object) -> None:
+    aligner, h = _aligner(backend, device, top_k=2, renormalize=False), _frames(device)
+    with aligner.record_gates() as gates:
+        aligner(h, 0)
+        twin = duplicate(aligner)  # type: ignore[operator]
+        expected = aligner(h, 1)
+        recorded = gates[1]
+        assert torch.equal(twin(h, 1), expected)
+        assert gates[1] is recorded, "the copy records into the original's block"
+    assert (twin.top_k, twin.renormalize, twin.backend) == (2, False, backend)
+    with torch.no_grad():
+        twin.steering_vectors.zero_()
+    assert torch.equal(aligner(h, 1), expected), "the copy shares its parameters"
+
+
+def test_conversions(backend: str, device: torch.device) -> None:
+    for dtype in dtypes_of(backend, device):
+        aligner = _aligner(backend, device).to(dtype)
+        assert {parameter.dtype for parameter in aligner.parameters()} == {dtype}
+        y, gates = aligner(_frames(device, dtype), 1, return_gates=True)
+        assert y.dtype == dtype and gates.dtype == torch.promote_types(dtype, torch.float32)
+        assert aligner.project(y).dtype == dtype
+    half = _aligner(backend, device).half()
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
+    assert {parameter.device.type for parameter in half.to("meta").parameters()} == {"meta"}
+
+
+def test_device_and_dtype_arguments() -> None:
+    aligner = FusedSteerMoE(WIDTH, EXPERTS, output_dim=OUT, device="meta", dtype=torch.bfloat16)
+    assert {(parameter.device.type, parameter.dtype) for parameter in aligner.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_its_printed_form_says_how_it_was_made() -> None:
+    text = repr(FusedSteerMoE(WIDTH, EXPERTS, LAYERS, top_k=2, renormalize=False, backend="reference"))
+    for part in ("feature_dim=12", "num_experts=5", "num_layers=3", "top_k=2", "renormalize=False", "backend='reference'"):
+        assert part in text
