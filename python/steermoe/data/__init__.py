@@ -1,0 +1,143 @@
+"""Corpora: `load` reads any kind, `Collator` makes batches of them, `check` says what is wrong with one.
+
+A JSONL manifest has one JSON object a line:
+
+=================  =====================================================================================================
+``audio_filepath`` the audio file, absolute or relative to the manifest's folder; required
+``text``           the transcript, or the answer to ``prompt``; null or missing: the row can be transcribed, not learnt from
+``duration``       seconds of audio from ``offset`` on; missing: to the end of the file
+``offset``         seconds into the file at which the row begins; missing: 0
+``prompt``         what the user turn says, with or without <|audio|>; missing: the prompt of the run
+``answers``        every answer that counts as right, a list of strings; missing: ``text`` alone
+``id``             the row's name in reports; missing: ``audio_filepath``, and the offset if there is one
+=================  =====================================================================================================
+
+Any other field is kept in ``Example.extra``. Kinds of corpus are modules in this folder, one each, found by what they define:
+
+``LOOKED_FOR: str``
+    What a path of this kind looks like, for the message when no kind takes a path.
+``PRIORITY: int`` and ``takes(path) -> bool``
+    Of the modules that take a path, the one with the highest priority reads it. ``takes`` looks at names, not into audio.
+``read(path, **options) -> Corpus``
+    The rows in a fixed order, bad ones in ``problems``. Its keyword arguments, with defaults, are the options of this kind.
+
+The module's name is the ``kind`` that a specification may give.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import pkgutil
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias
+
+from .audio import Audio, AudioError, load_audio, read_audio, split_at_quiet
+from .bucketing import LengthBucketSampler
+from .collator import TRANSCRIPTION_PROMPT, Collator
+from .corpus import BadRowLog, Corpus, Example, Joined, Problem, TooManyBadRows, WithPrompt
+
+__all__ = [
+    "TRANSCRIPTION_PROMPT",
+    "Audio",
+    "AudioError",
+    "BadRowLog",
+    "Collator",
+    "Corpus",
+    "Example",
+    "LengthBucketSampler",
+    "Problem",
+    "TooManyBadRows",
+    "kinds",
+    "load",
+    "load_audio",
+    "read_audio",
+    "split_at_quiet",
+]
+
+Specification: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any]"
+
+
+def load(spec: Specification) -> Corpus:
+    """The corpus that ``spec`` names: a path, a mapping, or a list of those, joined in order.
+
+    A mapping has ``path`` and may have ``kind`` (else told from what is there), ``prompt`` (for rows without one), ``first`` (only so many
+    rows) and the options of its kind. FileNotFoundError for a path that is not there; ValueError for one that no kind takes, saying what
+    was looked for, for an unknown kind or option, and for a corpus without a single usable row, naming the first bad ones.
+    """
+    if isinstance(spec, Mapping):
+        return _load_one(dict(spec))
+    if isinstance(spec, Sequence) and not isinstance(spec, str):
+        if not spec:
+            raise ValueError("spec must name at least one corpus, got an empty list")
+        parts = [load(part) for part in spec]
+        name = ", ".join(part.name for part in parts)
+        return parts[0] if len(parts) == 1 else Corpus(Joined(parts), chain.from_iterable(part.problems for part in parts), name)
+    if isinstance(spec, str | os.PathLike):
+        return _load_one({"path": spec})
+    raise TypeError(f"spec must be a path, a mapping with 'path', or a list of those, got {type(spec).__name__}")
+
+
+def kinds() -> Mapping[str, ModuleType]:
+    """Every kind of corpus by name, the highest priority first."""
+    return _kinds()
+
+
+@cache
+def _kinds() -> dict[str, ModuleType]:
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    found = sorted((module for module in modules if hasattr(module, "takes")), key=lambda module: -module.PRIORITY)
+    return {module.__name__.rpartition(".")[2]: module for module in found}
+
+
+def _load_one(spec: dict[str, Any]) -> Corpus:
+    if "path" not in spec:
+        raise ValueError(f"a corpus needs 'path', got only {', '.join(map(repr, spec)) or 'an empty mapping'}")
+    path, kind, prompt, first = spec.pop("path"), spec.pop("kind", None), spec.pop("prompt", None), spec.pop("first", None)
+    if first is not None and (not isinstance(first, int) or first < 1):
+        raise ValueError(f"first must be a positive number of rows, got {first!r}")
+    module = _named(kind) if kind is not None else _told(Path(path))
+    _check_options(module, spec)
+    corpus: Corpus = module.read(path, **spec)
+    if not len(corpus):
+        listed = "".join(f"\n  {problem}" for problem in corpus.problems[:5])
+        raise ValueError(f"{path} has no usable row: {len(corpus.problems)} bad ones{listed}")
+    if prompt is not None:
+        corpus = Corpus(WithPrompt(corpus, prompt), corpus.problems, corpus.name)
+    return corpus if first is None else corpus[:first]
+
+
+def _named(kind: str) -> ModuleType:
+    if kind not in _kinds():
+        raise ValueError(f"kind must be one of {', '.join(sorted(_kinds()))}, got {kind!r}{_nearest(kind, _kinds())}")
+    return _kinds()[kind]
+
+
+def _told(path: Path) -> ModuleType:
+    if not path.exists():
+        raise FileNotFoundError(f"there is nothing at {path}")
+    module = next((module for module in _kinds().values() if module.takes(path)), None)
+    if module is None:
+        looked_for = "".join(f"\n  {name}: {module.LOOKED_FOR}" for name, module in sorted(_kinds().items()))
+        raise ValueError(f"no kind of corpus takes {path}; looked for{looked_for}")
+    return module
+
+
+def _check_options(module: ModuleType, options: Mapping[str, Any]) -> None:
+    known = [name for name in inspect.signature(module.read).parameters if name != "path"]
+    for name in options:
+        if name not in known:
+            every = sorted([*known, "kind", "path", "prompt", "first"])
+            kind = module.__name__.rpartition(".")[2]
+            raise ValueError(f"a corpus of kind {kind} has no option {name!r}; it has {', '.join(every)}{_nearest(name, every)}")
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,67 @@
+"""An AISHELL folder: one transcript file for the whole corpus and a tree of WAV files, as AISHELL-1 and AISHELL-2 have it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from .corpus import Corpus, Example, Problem
+
+PRIORITY = 20
+LOOKED_FOR = "a folder with wav/ and transcript/aishell_transcript*.txt (AISHELL-1) or trans.txt (AISHELL-2)"
+
+# AISHELL-1 separates words by spaces, which written Chinese does not have; spaces between Latin words stay.
+_HAN = r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+_SPACE_BESIDE_HAN = re.compile(rf"(?<={_HAN})\s+|\s+(?={_HAN})")
+
+
+def takes(path: Path) -> bool:
+    return path.is_dir() and _transcript(path) is not None and (path / "wav").is_dir()
+
+
+def read(path: str | os.PathLike[str], *, split: str | None = None) -> Corpus:
+    """Every WAV file under ``wav``, in the order of their names, with its line of the transcript, spaces between Chinese words removed.
+
+    ``split`` reads ``wav/train``, ``wav/dev`` or ``wav/test`` alone. Audio without a transcript line is a problem; so, where the whole
+    corpus is read, is a line without audio. FileNotFoundError for a split that is not there and for speakers still packed as archives.
+    """
+    root = Path(path)
+    transcript = _transcript(root)
+    if transcript is None:
+        raise FileNotFoundError(f"{root} has neither transcript/aishell_transcript*.txt nor trans.txt")
+    folder = root / "wav" / split if split is not None else root / "wav"
+    if not folder.is_dir():
+        here = ", ".join(sorted(p.name for p in (root / "wav").iterdir() if p.is_dir())) if (root / "wav").is_dir() else "no wav folder"
+        raise FileNotFoundError(f"{folder} is not there; {root} has {here}")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (".wav", ".flac"))
+    if not files and any(folder.rglob("*.tar.gz")):
+        raise FileNotFoundError(f"{folder} has speakers packed as .tar.gz and no WAV file: unpack them where they are")
+    texts = _texts(transcript)
+    rows: list[Example] = []
+    problems: list[Problem] = []
+    for file in files:
+        line = texts.pop(file.stem, None)
+        if line is None:
+            problems.append(Problem(str(file), f"no line in {transcript.name}"))
+            continue
+        number, text = line
+        rows.append(Example(str(file), text, id=file.stem, extra={"speaker": file.parent.name}, where=f"{transcript}:{number}"))
+    if split is None:
+        problems += [Problem(f"{transcript}:{number}", f"no audio {name}.wav under {folder}") for name, (number, _) in texts.items()]
+    return Corpus(rows, problems, str(folder))
+
+
+def _transcript(root: Path) -> Path | None:
+    found = [*sorted((root / "transcript").glob("aishell_transcript*.txt")), root / "trans.txt"]
+    return next((file for file in found if file.is_file()), None)
+
+
+def _texts(transcript: Path) -> dict[str, tuple[int, str]]:
+    """Line number and text by utterance."""
+    texts = {}
+    for number, line in enumerate(transcript.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        name, _, text = line.strip().replace("\t", " ").partition(" ")
+        if name:
+            texts[name] = number, _SPACE_BESIDE_HAN.sub("", text.strip())
+    return texts

@@ -1,0 +1,94 @@
+"""From examples to a batch that the model takes: decoding, prompts and features, in the DataLoader's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .audio import AudioError, Loudness, read_audio, split_at_quiet
+from .corpus import BadRowLog, Example
+
+TRANSCRIPTION_PROMPT = "Transcribe the speech."
+AUDIO_TOKEN = "<|audio|>"
+
+
+class Collator:
+    """``list[Example]`` to the processor's batch with labels: one chat a row, the prompt as user turn, the text as answer.
+
+    A clip longer than ``processor.max_seconds`` is split at quiet places and its pieces stand one after the other in the prompt. A row
+    that cannot be used (audio as in `load_audio`, no text, longer than ``max_seconds``) is left out of its batch and recorded in
+    ``bad_rows``, which aborts past its limit; silent and clipped clips are recorded as warnings and used. A batch of which nothing is left
+    takes a row from ``fallback``, the corpus it comes from: in a distributed run every process has to have a batch.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        prompt: str | None = None,
+        bad_rows: BadRowLog | None = None,
+        fallback: Sequence[Example] = (),
+        max_seconds: float | None = None,
+    ) -> None:
+        self.processor = processor
+        self.prompt = TRANSCRIPTION_PROMPT if prompt is None else prompt
+        self.bad_rows = BadRowLog() if bad_rows is None else bad_rows
+        self.fallback = fallback
+        self.max_seconds = max_seconds
+        self._spare: tuple[Example, list[np.ndarray]] | None = None
+
+    def __call__(self, examples: Sequence[Example]) -> Any:
+        rows = [(example, pieces) for example in examples if (pieces := self._pieces(example)) is not None]
+        if not rows:
+            rows = [self._spare_row()]
+        return self.processor(
+            messages=[chat(example.prompt or self.prompt, len(pieces)) for example, pieces in rows],
+            audio=[piece for _, pieces in rows for piece in pieces],
+            answers=[example.text for example, _ in rows],
+        )
+
+    def _pieces(self, example: Example) -> list[np.ndarray] | None:
+        """The clips of a row, decoded; None, and a line in ``bad_rows``, if it cannot be used."""
+        name = example.where or example.id
+        if not (example.text and example.text.strip()):
+            self.bad_rows.error(name, "no text to learn")
+            return None
+        try:
+            sections = split_at_quiet(example.audio, self.processor.max_seconds, example.offset, example.duration)
+            seconds = sections[-1][1] - sections[0][0]
+            if self.max_seconds is not None and seconds > self.max_seconds:
+                raise AudioError(f"{seconds:.1f} s of audio, and max_seconds is {self.max_seconds:g}")
+            clips = [read_audio(example.audio, self.processor.sampling_rate, begin, end - begin) for begin, end in sections]
+        except AudioError as error:
+            self.bad_rows.error(name, str(error))
+            return None
+        for warning in Loudness.joined(clip.loudness for clip in clips).warnings:
+            self.bad_rows.warn(name, warning)
+        return [clip.samples for clip in clips]
+
+    def _spare_row(self) -> tuple[Example, list[np.ndarray]]:
+        for example in iter(self.fallback if self._spare is None else ()):
+            pieces = self._pieces(example)
+            if pieces is not None:
+                self._spare = example, pieces
+                break
+        if self._spare is None:
+            raise ValueError("no row of the batch can be used, and fallback has none that can")
+        return self._spare
+
+
+def chat(prompt: str, clips: int = 1) -> list[dict[str, str]]:
+    """One user turn with a placeholder for each of ``clips``: where the prompt has its placeholder, else before it.
+
+    ValueError for a prompt with several placeholders and another number of clips.
+    """
+    places = prompt.count(AUDIO_TOKEN)
+    if places == 0:
+        prompt = AUDIO_TOKEN * clips + prompt
+    elif places == 1:
+        prompt = prompt.replace(AUDIO_TOKEN, AUDIO_TOKEN * clips)
+    elif places != clips:
+        raise ValueError(f"prompt has {places} {AUDIO_TOKEN} placeholders for {clips} clips: {prompt!r}")
+    return [{"role": "user", "content": prompt}]

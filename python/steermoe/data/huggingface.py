@@ -1,0 +1,173 @@
+"""Hugging Face ``datasets`` with an audio column: a folder written by ``save_to_disk``, or a hub name with ``kind: huggingface``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .audio import AudioSource
+from .corpus import Corpus, Example, Problem
+
+PRIORITY = 30
+LOOKED_FOR = "a folder that datasets' save_to_disk wrote (dataset_info.json or dataset_dict.json)"
+
+_TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription")
+_AUDIO_COLUMNS = ("audio", "speech", "audio_filepath", "file", "path")
+
+
+def takes(path: Path) -> bool:
+    return path.is_dir() and (
+        (path / "dataset_dict.json").is_file() or ((path / "dataset_info.json").is_file() and (path / "state.json").is_file())
+    )
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    audio_column: str | None = None,
+    text_column: str | None = None,
+    data_dir: str | None = None,
+) -> Corpus:
+    """The rows of a data set; audio is decoded by soundfile when a row is used, whether stored as path, bytes or array.
+
+    ``split`` is needed where there are several. ``name``, ``revision`` and ``data_dir`` are ``load_dataset``'s, for data sets that are not
+    folders of ``save_to_disk``. ``audio_column`` and ``text_column`` are told from types and usual names if not given. Columns ``prompt``,
+    ``answers``, ``duration`` and ``id`` are used where they exist. Rows without audio are problems. ImportError without ``datasets``;
+    ValueError for a split or column that is not there.
+    """
+    dataset = _open(os.fspath(path), split, name, revision, data_dir)
+    audio_column = _audio_column(dataset, audio_column)
+    text_column = _text_column(dataset, text_column)
+    rows = Rows(dataset, audio_column, text_column, os.fspath(path))
+    _check_form(rows.dataset, audio_column)
+    missing = _missing_audio(rows.dataset, audio_column)
+    kept = np.flatnonzero(~missing).tolist()
+    problems = [Problem(f"{path}[{index}]", f"no audio: column {audio_column!r} is null") for index in np.flatnonzero(missing)]
+    whole = Corpus(rows, (), f"{os.fspath(path)}{f' ({split})' if split else ''}")
+    return whole.select(kept, problems) if problems else whole
+
+
+class Rows(Sequence[Example]):
+    """Examples built from a data set's rows when asked for."""
+
+    def __init__(self, dataset: Any, audio_column: str, text_column: str | None, path: str) -> None:
+        import datasets
+
+        feature = dataset.features[audio_column]
+        # Decoding through the library would need torchcodec.
+        self.dataset = dataset.cast_column(audio_column, datasets.Audio(decode=False)) if isinstance(feature, datasets.Audio) else dataset
+        self._audio_column = audio_column
+        self._text_column = text_column
+        self._path = path
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self.dataset[int(index)]
+        audio = row.pop(self._audio_column)
+        text = row.pop(self._text_column) if self._text_column is not None else None
+        answers = row.pop("answers", None) or ()
+        identity = row.pop("id", None)
+        duration = row.pop("duration", None)
+        where = f"{self._path}[{index}]"
+        return Example(
+            audio=_source(audio),
+            text=text if text is not None or not answers else answers[0],
+            prompt=row.pop("prompt", None),
+            id=str(identity) if identity is not None else f"{index}",
+            duration=float(duration) if duration else None,
+            answers=(answers,) if isinstance(answers, str) else tuple(answers),
+            extra=row,
+            where=where,
+        )
+
+
+def _source(audio: Any) -> AudioSource:
+    """One of the forms that `_check_form` lets through."""
+    if isinstance(audio, str):
+        return audio
+    if audio.get("array") is not None:
+        return np.asarray(audio["array"], dtype=np.float32), int(audio["sampling_rate"] or 0)
+    if audio.get("bytes") is not None:
+        return bytes(audio["bytes"])
+    return str(audio["path"])
+
+
+def _check_form(dataset: Any, column: str) -> None:
+    import pyarrow as pa
+
+    form = dataset.data.schema.field(column).type
+    parts = {form.field(index).name for index in range(form.num_fields)} if pa.types.is_struct(form) else set()
+    if not (pa.types.is_string(form) or pa.types.is_large_string(form) or {"bytes", "path"} & parts or {"array", "sampling_rate"} <= parts):
+        raise ValueError(
+            f"column {column!r} must hold audio as a path, or as a struct of bytes and path or of array and sampling_rate, got {form}"
+        )
+
+
+def _missing_audio(dataset: Any, column: str) -> np.ndarray:
+    """(rows,) bool: which have none, told from the table's null bitmaps, without reading audio."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    missing = [np.zeros(0, dtype=bool)]
+    for chunk in dataset.data.column(column).chunks:
+        present = chunk.is_valid()
+        if pa.types.is_struct(chunk.type):
+            parts = [chunk.field(name).is_valid() for name in ("array", "bytes", "path") if chunk.type.get_field_index(name) >= 0]
+            present = pc.and_(present, reduce(pc.or_, parts))
+        missing.append(pc.invert(present).to_numpy(zero_copy_only=False))
+    # A selection or a shuffle leaves the table as it is and lists the rows beside it.
+    picked = dataset._indices
+    every = np.concatenate(missing)
+    return every if picked is None else every[picked.column(0).to_numpy()]
+
+
+def _open(path: str, split: str | None, name: str | None, revision: str | None, data_dir: str | None) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("reading Hugging Face data sets needs the package 'datasets': pip install datasets") from error
+    if takes(Path(path)):
+        dataset = datasets.load_from_disk(path)
+    else:
+        dataset = datasets.load_dataset(path, name, split=split, revision=revision, data_dir=data_dir)
+        split = None
+    if isinstance(dataset, datasets.DatasetDict):
+        if split is None and len(dataset) == 1:
+            split = next(iter(dataset))
+        if split not in dataset:
+            raise ValueError(f"split must be one of {', '.join(dataset)} for {path}, got {split!r}")
+        dataset = dataset[split]
+    elif split is not None and str(dataset.split) != split:
+        raise ValueError(f"{path} is one split ({dataset.split}), got split={split!r}")
+    return dataset
+
+
+def _audio_column(dataset: Any, given: str | None) -> str:
+    import datasets
+
+    names = dataset.column_names
+    if given is not None:
+        if given not in names:
+            raise ValueError(f"audio_column must be one of {', '.join(names)}, got {given!r}")
+        return given
+    typed = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Audio)]
+    found = typed or [name for name in _AUDIO_COLUMNS if name in names]
+    if not found:
+        raise ValueError(f"none of the columns {', '.join(names)} holds audio: name it with audio_column")
+    return found[0]
+
+
+def _text_column(dataset: Any, given: str | None) -> str | None:
+    if given is not None and given not in dataset.column_names:
+        raise ValueError(f"text_column must be one of {', '.join(dataset.column_names)}, got {given!r}")
+    return given or next((name for name in _TEXT_COLUMNS if name in dataset.column_names), None)

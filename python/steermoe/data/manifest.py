@@ -1,0 +1,117 @@
+"""JSONL manifests: one JSON object a line. The fields are described in the package's docstring."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .corpus import Corpus, Example, Problem
+
+PRIORITY = 10
+LOOKED_FOR = "a .jsonl, .ndjson or .json file with one JSON object a line, or a folder with a manifest.jsonl"
+
+FIELDS = ("audio_filepath", "text", "duration", "offset", "prompt", "answers", "id")
+_SUFFIXES = {".jsonl", ".ndjson", ".json"}
+
+
+def takes(path: Path) -> bool:
+    return (path / "manifest.jsonl").is_file() if path.is_dir() else path.suffix.lower() in _SUFFIXES
+
+
+def read(path: str | os.PathLike[str], *, audio_dir: str | None = None, where: dict[str, Any] | None = None) -> Corpus:
+    """The rows of the manifest at ``path``; broken lines become problems named by file and line number.
+
+    ``audio_dir`` is what relative paths are relative to, instead of the manifest's folder. ``where`` keeps the rows whose fields have these
+    values, as in {"split": "train"}; a list of values allows each.
+    """
+    manifest = Path(path)
+    manifest = manifest / "manifest.jsonl" if manifest.is_dir() else manifest
+    base = Path(audio_dir) if audio_dir is not None else manifest.parent
+    rows: list[Example] = []
+    problems: list[Problem] = []
+    for number, line in _lines(manifest):
+        try:
+            row = _parse(line)
+            if where is None or _matches(row, where):
+                rows.append(_example(row, base, f"{manifest}:{number}"))
+        except ValueError as error:
+            problems.append(Problem(f"{manifest}:{number}", str(error)))
+    return Corpus(rows, problems, str(manifest))
+
+
+def _lines(manifest: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers, as bytes: one that is not UTF-8 must not stop the others."""
+    with open(manifest, "rb") as file:
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
+            if line:
+                yield number, line
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start + 1})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError("not a flat JSON object (nested too deeply)") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"must be a JSON object, got {type(row).__name__}")
+    return row
+
+
+def _matches(row: dict[str, Any], where: dict[str, Any]) -> bool:
+    return all(row.get(name) in (value if isinstance(value, list | tuple) else [value]) for name, value in where.items())
+
+
+def _example(row: dict[str, Any], base: Path, where: str) -> Example:
+    name = _string(row, "audio_filepath")
+    if not name:
+        raise ValueError(f"audio_filepath is missing; the row has {', '.join(row) or 'no field'}")
+    path = base / name
+    if not path.is_file():
+        raise ValueError(f"audio_filepath {path} is not there")
+    offset = _seconds(row, "offset")
+    answers = row.get("answers") or []
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"answers must be a list of strings, got {answers!r}")
+    identity = row.get("id")
+    if identity is not None and not isinstance(identity, str | int):
+        raise ValueError(f"id must be a string or a whole number, got {identity!r}")
+    duration = _seconds(row, "duration")
+    if duration == 0:
+        raise ValueError("duration must be positive, got 0")
+    text = _string(row, "text")
+    return Example(
+        audio=str(path),
+        text=text if text is not None or not answers else answers[0],
+        prompt=_string(row, "prompt"),
+        id=str(identity) if identity is not None else name + (f"@{offset:g}" if offset else ""),
+        offset=offset or 0.0,
+        duration=duration,
+        answers=tuple(answers),
+        extra={name: value for name, value in row.items() if name not in FIELDS},
+        where=where,
+    )
+
+
+def _string(row: dict[str, Any], name: str) -> str | None:
+    value = row.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name} must be a string, got {value!r}")
+    return value
+
+
+def _seconds(row: dict[str, Any], name: str) -> float | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be a number of seconds, 0 or more, got {value!r}")
+    return float(value)
