@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import soundfile
 import soxr
 
 # A path, an encoded file's bytes, or (samples (time,) or (time, channels), sampling rate in Hz).
-AudioSource: TypeAlias = "str | os.PathLike[str] | bytes | tuple[np.ndarray, int]"
+HeldAudio: TypeAlias = "str | os.PathLike[str] | bytes | tuple[np.ndarray, int]"
+
+
+@runtime_checkable
+class StoredAudio(Protocol):
+    """Audio kept in a table, read when it is needed; ``name`` is for messages."""
+
+    name: str
+
+    def fetch(self) -> HeldAudio: ...
+
+
+AudioSource: TypeAlias = "HeldAudio | StoredAudio"
 
 # Quieter than -60 dB of full scale at its loudest: nothing that could be understood.
 SILENT_PEAK = 1e-3
@@ -62,10 +75,14 @@ class Loudness(NamedTuple):
         return cls(max(peaks), sum(flat), sum(frames))
 
     @property
+    def silent(self) -> bool:
+        return self.peak < SILENT_PEAK
+
+    @property
     def warnings(self) -> list[str]:
         """What is wrong with audio that is usable all the same: "silent (...)", "clipped (...)"."""
         found = []
-        if self.peak < SILENT_PEAK:
+        if self.silent:
             found.append(f"silent (its peak is {self.peak:.1e} of full scale)")
         if self.flat > CLIPPED_SHARE * self.frames:
             found.append(f"clipped ({self.flat / self.frames:.1%} of the samples lie in flat tops)")
@@ -109,7 +126,9 @@ def read_audio(source: AudioSource, sampling_rate: int = 16000, offset: float = 
             raise AudioError(f"{name_of(source)} has {frames / rate:.2f} s, and the section begins at {offset:.2f} s")
         end = frames if duration is None else min(begin + max(round(duration * rate), 1), frames)
         margin = round(MARGIN_SECONDS * rate) if rate != sampling_rate else 0
-        first = max(begin - margin, 0)
+        # Begun where a sample of the source meets one of the result, so that the result lies on the whole file's grid.
+        step = rate // math.gcd(rate, sampling_rate)
+        first = max(begin - margin, 0) // step * step
         raw = _read(source, file, first, min(end + margin, frames))
         section = raw[begin - first : end - first]
         if len(section) == 0:
@@ -133,7 +152,7 @@ def split_at_quiet(
 ) -> list[tuple[float, float]]:
     """Sections (start, end), in seconds, none longer than ``max_seconds``, that cover ``source`` without gap or overlap.
 
-    Each cut lies where the energy is least within the last third before the limit, the latest such place, so that words are rarely cut.
+    Each cut lies where the energy is about the least within the last third before the limit, so that words are rarely cut.
     Only those thirds are decoded, one at a time. A source that fits is one section. ``offset`` and ``duration`` as in `load_audio`.
     """
     if max_seconds <= 0:
@@ -176,6 +195,8 @@ def blocks_of(source: AudioSource, seconds: float = 30.0, offset: float = 0.0, d
 
 def name_of(source: AudioSource) -> str:
     """How messages call ``source``."""
+    if isinstance(source, StoredAudio):
+        return source.name
     if isinstance(source, bytes):
         return f"audio of {len(source)} bytes"
     if isinstance(source, tuple):
@@ -196,7 +217,7 @@ class _Samples:
             limits = np.iinfo(array.dtype)
             middle = 0 if limits.min < 0 else (limits.max + 1) // 2
             array = (array.astype(np.float32) - middle) / (limits.max + 1 - middle)
-        self._array = array.astype(np.float32, copy=False).reshape(len(array), -1)
+        self._array = array.astype(np.float32, copy=False)[:, None] if array.ndim == 1 else array.astype(np.float32, copy=False)
         self._at = 0
         self.samplerate = int(sampling_rate)
         self.frames, self.channels = self._array.shape
@@ -214,36 +235,38 @@ class _Samples:
 @contextmanager
 def _opened(source: AudioSource) -> Iterator[Any]:
     """``source`` opened for reading, with at least one frame. AudioError, in words, where that cannot be."""
-    if isinstance(source, tuple):
-        samples = _Samples(*source)
+    name = name_of(source)
+    held = source.fetch() if isinstance(source, StoredAudio) else source
+    if isinstance(held, tuple):
+        samples = _Samples(*held)
         if samples.frames == 0:
-            raise AudioError(f"{name_of(source)} is empty: it has no samples")
+            raise AudioError(f"{name} is empty: it has no samples")
         yield samples
         return
-    size = _size(source)
+    size = _size(held, name)
     try:
-        file = soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source))
+        file = soundfile.SoundFile(io.BytesIO(held) if isinstance(held, bytes) else os.fspath(held))
     except soundfile.LibsndfileError as error:
-        raise AudioError(f"{name_of(source)} is not audio that soundfile reads ({error.error_string.rstrip('.')})") from error
+        raise AudioError(f"{name} is not audio that soundfile reads ({error.error_string.rstrip('.')})") from error
     with file:
-        if _wav_is_cut_off(source, size, file.format):
-            raise AudioError(f"{name_of(source)} is cut off: its header declares more than the {size} bytes that are there")
+        if _wav_is_cut_off(held, size, file.format):
+            raise AudioError(f"{name} is cut off: its header declares more than the {size} bytes that are there")
         if file.frames == 0:
-            raise AudioError(f"{name_of(source)} is empty or cut off: it has a header and no samples")
+            raise AudioError(f"{name} is empty or cut off: it has a header and no samples")
         yield file
 
 
-def _size(source: str | os.PathLike[str] | bytes) -> int:
+def _size(source: str | os.PathLike[str] | bytes, name: str) -> int:
     if isinstance(source, bytes):
         size = len(source)
     elif not os.path.exists(source):
-        raise AudioError(f"{name_of(source)} does not exist")
+        raise AudioError(f"{name} does not exist")
     elif not os.path.isfile(source):
-        raise AudioError(f"{name_of(source)} is not a file")
+        raise AudioError(f"{name} is not a file")
     else:
         size = os.path.getsize(source)
     if size == 0:
-        raise AudioError(f"{name_of(source)} is empty: it has 0 bytes")
+        raise AudioError(f"{name} is empty: it has 0 bytes")
     return size
 
 
@@ -262,16 +285,10 @@ def _wav_is_cut_off(source: str | os.PathLike[str] | bytes, size: int, kind: str
 
 
 def _frames(source: AudioSource, file: Any) -> int:
-    """How many frames the file has. Streams written without a length (FLAC from a pipe) are decoded once to count them."""
-    if file.frames < UNKNOWN_FRAMES:
-        return file.frames
-    count = 0
-    try:
-        while read := len(file.read(10 * file.samplerate, dtype="float32")):
-            count += read
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"{name_of(source)} is damaged or cut off ({error.error_string.rstrip('.')})") from error
-    return count
+    """How many frames the file has. AudioError where it does not say: libsndfile cannot read such FLAC files to their end."""
+    if file.frames >= UNKNOWN_FRAMES:
+        raise AudioError(f"{name_of(source)} does not say how long it is (written to a pipe?): convert it once, as by ffmpeg -i OLD NEW")
+    return file.frames
 
 
 def _read(source: AudioSource, file: Any, begin: int, end: int) -> np.ndarray:
@@ -299,15 +316,15 @@ def _resample(mono: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
 
 
 def _quietest(mono: np.ndarray, rate: int) -> int:
-    """The middle of the quietest `QUIET_SECONDS` of ``mono``, as an index; the latest of equals."""
+    """The middle of the quietest `QUIET_SECONDS` of ``mono``, as an index; the latest of those about as quiet."""
     hop = max(round(0.01 * rate), 1)
     frames = len(mono) // hop
     if frames < 2:
         return len(mono)
-    energy = np.square(mono[: frames * hop].astype(np.float64)).reshape(frames, hop).sum(axis=1)
-    window = min(max(round(QUIET_SECONDS / 0.01), 1), frames)
-    total = np.concatenate([[0.0], np.cumsum(energy)])
-    # Rounded, so that equally quiet places stay equal whatever has been summed before them.
-    windows = np.round((total[window:] - total[:-window]) / window, 9)
-    best = len(windows) - 1 - int(np.argmin(windows[::-1]))
+    power = np.square(mono[: frames * hop].astype(np.float64)).reshape(frames, hop).mean(axis=1)
+    window = min(round(QUIET_SECONDS / 0.01), frames)
+    total = np.concatenate([[0.0], np.cumsum(power)])
+    windows = (total[window:] - total[:-window]) / window
+    # Pauses differ by their noise alone: of those within 3 dB of the quietest, or silent, the latest makes the longest piece.
+    best = int(np.flatnonzero(windows <= max(2 * windows.min(), SILENT_PEAK**2 / 2))[-1])
     return best * hop + window * hop // 2

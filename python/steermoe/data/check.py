@@ -176,7 +176,7 @@ def _findings(problems: list[Problem], decoded: Sequence[_Decoded], sampling_rat
     readable = [clip for clip in decoded if clip.error is None]
     low = [Problem(clip.where, f"{clip.rate} Hz, the encoder's is {sampling_rate} Hz") for clip in readable if clip.rate < sampling_rate]
     long = [Problem(clip.where, f"{clip.seconds:.1f} s, over {max_seconds:g} s") for clip in readable if clip.seconds > max_seconds]
-    texts = {clip.where: clip.row.text for clip in decoded}
+    empty = [Problem(clip.where, f"text is {clip.row.text!r}") for clip in decoded if not (clip.row.text and clip.row.text.strip())]
     loudness = {
         kind: [Problem(clip.where, warning) for clip in readable for warning in clip.warnings if warning.startswith(kind)]
         for kind in ("silent", "clipped")
@@ -184,7 +184,7 @@ def _findings(problems: list[Problem], decoded: Sequence[_Decoded], sampling_rat
     return [
         Finding("bad rows", "error", problems),
         Finding("unreadable audio", "error", [Problem(clip.where, clip.error) for clip in decoded if clip.error is not None]),
-        Finding("empty texts", "error", [Problem(row, f"text is {text!r}") for row, text in texts.items() if not (text and text.strip())]),
+        Finding("empty texts", "error", empty),
         Finding("duplicate ids", "warning", _repeated([(clip.row.id, clip.where) for clip in decoded if clip.row.id], "id")),
         Finding("duplicate audio", "warning", _repeated([(clip.digest, clip.where) for clip in readable], "audio")),
         Finding("low sampling rates", "warning", low),
@@ -196,13 +196,13 @@ def _findings(problems: list[Problem], decoded: Sequence[_Decoded], sampling_rat
 
 def _decode(row: Example) -> _Decoded:
     bare = replace(row, audio=b"")
-    file = None if isinstance(row.audio, bytes | tuple) else os.fspath(row.audio)
+    file = os.fspath(row.audio) if isinstance(row.audio, str | os.PathLike) else None
     digest = hashlib.sha256()
     loudness: list[Loudness] = []
     try:
         for block in blocks_of(row.audio, 30.0, row.offset, row.duration):
             # A WAV file and the FLAC made of it are the same audio: samples are hashed, in 16 bits, not files.
-            digest.update(np.round(block.samples * 32767).astype("<i2").tobytes())
+            digest.update(np.clip(np.round(block.samples * 32768), -32768, 32767).astype("<i2").tobytes())
             loudness.append(block.loudness)
         file_seconds = duration_of(row.audio)
     except AudioError as error:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .audio import AudioSource
+from .audio import HeldAudio
 from .corpus import Corpus, Example, Problem
 
 PRIORITY = 30
@@ -47,8 +48,8 @@ def read(
     audio_column = _audio_column(dataset, audio_column)
     text_column = _text_column(dataset, text_column)
     rows = Rows(dataset, audio_column, text_column, os.fspath(path))
-    _check_form(rows.dataset, audio_column)
-    missing = _missing_audio(rows.dataset, audio_column)
+    _check_form(rows.audio, audio_column)
+    missing = _missing_audio(rows.audio, audio_column)
     kept = np.flatnonzero(~missing).tolist()
     problems = [Problem(f"{path}[{index}]", f"no audio: column {audio_column!r} is null") for index in np.flatnonzero(missing)]
     whole = Corpus(rows, (), f"{os.fspath(path)}{f' ({split})' if split else ''}")
@@ -56,50 +57,64 @@ def read(
 
 
 class Rows(Sequence[Example]):
-    """Examples built from a data set's rows when asked for."""
+    """Examples built from a data set's rows when asked for; their audio is read when it is decoded."""
 
     def __init__(self, dataset: Any, audio_column: str, text_column: str | None, path: str) -> None:
         import datasets
 
-        feature = dataset.features[audio_column]
-        # Decoding through the library would need torchcodec.
-        self.dataset = dataset.cast_column(audio_column, datasets.Audio(decode=False)) if isinstance(feature, datasets.Audio) else dataset
+        audio = dataset.select_columns([audio_column])
+        if isinstance(dataset.features[audio_column], datasets.Audio):
+            # Decoding through the library would need torchcodec.
+            audio = audio.cast_column(audio_column, datasets.Audio(decode=False))
+        self.audio = audio
+        self._facts = dataset.remove_columns([audio_column])
+        self._length = len(dataset)
         self._audio_column = audio_column
         self._text_column = text_column
         self._path = path
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self._length
 
     def __getitem__(self, index: Any) -> Any:
-        row = self.dataset[int(index)]
-        audio = row.pop(self._audio_column)
+        # Without another column the data set has forgotten how many rows it has.
+        row = dict(self._facts[int(index)]) if self._facts.column_names else {}
         text = row.pop(self._text_column) if self._text_column is not None else None
         answers = row.pop("answers", None) or ()
+        answers = (answers,) if isinstance(answers, str) else tuple(answers)
         identity = row.pop("id", None)
         duration = row.pop("duration", None)
         where = f"{self._path}[{index}]"
         return Example(
-            audio=_source(audio),
+            audio=TableAudio(where, self.audio, int(index), self._audio_column),
             text=text if text is not None or not answers else answers[0],
             prompt=row.pop("prompt", None),
             id=str(identity) if identity is not None else f"{index}",
             duration=float(duration) if duration else None,
-            answers=(answers,) if isinstance(answers, str) else tuple(answers),
+            answers=answers,
             extra=row,
             where=where,
         )
 
 
-def _source(audio: Any) -> AudioSource:
-    """One of the forms that `_check_form` lets through."""
-    if isinstance(audio, str):
-        return audio
-    if audio.get("array") is not None:
-        return np.asarray(audio["array"], dtype=np.float32), int(audio["sampling_rate"] or 0)
-    if audio.get("bytes") is not None:
-        return bytes(audio["bytes"])
-    return str(audio["path"])
+@dataclass
+class TableAudio:
+    """The audio of one row, as `audio.StoredAudio`; `_check_form` has seen to its form."""
+
+    name: str
+    dataset: Any
+    index: int
+    column: str
+
+    def fetch(self) -> HeldAudio:
+        audio = self.dataset[self.index][self.column]
+        if isinstance(audio, str):
+            return audio
+        if audio.get("array") is not None:
+            return np.asarray(audio["array"], dtype=np.float32), int(audio["sampling_rate"] or 0)
+        if audio.get("bytes") is not None:
+            return bytes(audio["bytes"])
+        return str(audio["path"])
 
 
 def _check_form(dataset: Any, column: str) -> None:

@@ -1,0 +1,148 @@
+"""Texts from audio: requests in any order are batched by length, decoded in workers, and answered by the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .data.audio import AudioError, AudioSource, Loudness, read_audio
+from .data.bucketing import batches_by_length
+from .data.collator import chat
+from .data.corpus import BadRowLog
+
+# Whisper's own limit on the text of 30 s; a model that never ends its turn stops here.
+MAX_NEW_TOKENS = 448
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt about one or more sections of a recording, (begin, end) in seconds, each a clip of the prompt.
+
+    ``key`` is the caller's, to know the answer by; ``where`` names the recording in messages. ``skip_silence``: a request of nothing but
+    silence is answered by an empty text, as a language model given silence makes something up.
+    """
+
+    key: Any
+    audio: AudioSource
+    sections: tuple[tuple[float, float], ...]
+    prompt: str
+    where: str = ""
+    skip_silence: bool = False
+
+    @property
+    def seconds(self) -> float:
+        return sum(end - begin for begin, end in self.sections)
+
+
+@dataclass(frozen=True)
+class Response:
+    """The text a request got; ``seconds`` is its share of its batch's time, decoding the audio included."""
+
+    request: Request
+    text: str
+    seconds: float
+
+
+def respond(
+    model: Any,
+    processor: Any,
+    requests: Sequence[Request],
+    *,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    bad_rows: BadRowLog | None = None,
+    progress: str | None = None,
+    **generation: Any,
+) -> Iterator[Response]:
+    """The responses, longest requests first, as they come.
+
+    ``generation`` goes to ``model.generate``; greedy with at most `MAX_NEW_TOKENS` unless it says otherwise. Audio that cannot be decoded
+    is recorded in ``bad_rows`` and gets no response; without ``bad_rows`` it raises AudioError. ``num_workers`` processes decode ahead.
+    ``progress`` is the text beside a progress bar on the error stream, None for no bar. ValueError for a ``batch_size`` below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    generation = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **generation}
+    loader = torch.utils.data.DataLoader(
+        _Indexed(requests),
+        batch_sampler=batches_by_length([request.seconds for request in requests], batch_size),
+        collate_fn=_Preparation(processor, bad_rows),
+        num_workers=num_workers,
+    )
+    training = model.training
+    model.eval()
+    try:
+        with _bar(progress) as bar:
+            task = bar.add_task(progress or "", total=len(requests))
+            begun = time.perf_counter()
+            for total, answerable, silent, inputs in loader:
+                texts = _generate(model, processor, inputs, generation) if answerable else []
+                now = time.perf_counter()
+                share = (now - begun) / total
+                yield from (Response(request, text, share) for request, text in zip(answerable, texts, strict=True))
+                yield from (Response(request, "", share) for request in silent)
+                bar.advance(task, total)
+                # Again, so that what the caller does with a response is not counted.
+                begun = time.perf_counter()
+    finally:
+        model.train(training)
+
+
+class _Indexed(torch.utils.data.Dataset[Request]):
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._requests = requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, index: int) -> Request:
+        return self._requests[index]
+
+
+class _Preparation:
+    """A batch of requests to (how many, those to answer, those of silence, the processor's batch of the former)."""
+
+    def __init__(self, processor: Any, bad_rows: BadRowLog | None) -> None:
+        self._processor = processor
+        self._bad_rows = bad_rows
+
+    def __call__(self, requests: Sequence[Request]) -> tuple[int, list[Request], list[Request], Any]:
+        answerable: list[Request] = []
+        silent: list[Request] = []
+        samples = []
+        for request in requests:
+            try:
+                clips = [read_audio(request.audio, self._processor.sampling_rate, begin, end - begin) for begin, end in request.sections]
+            except AudioError as error:
+                if self._bad_rows is None:
+                    raise
+                self._bad_rows.error(request.where, str(error))
+                continue
+            loudness = Loudness.joined(clip.loudness for clip in clips)
+            if self._bad_rows is not None:
+                for warning in loudness.warnings:
+                    self._bad_rows.warn(request.where, warning)
+            if request.skip_silence and loudness.silent:
+                silent.append(request)
+            else:
+                answerable.append(request)
+                samples += [clip.samples for clip in clips]
+        chats = [chat(request.prompt, len(request.sections)) for request in answerable]
+        return len(requests), answerable, silent, self._processor(messages=chats, audio=samples) if chats else None
+
+
+@torch.inference_mode()
+def _generate(model: Any, processor: Any, inputs: Any, generation: dict[str, Any]) -> list[str]:
+    tokens = model.generate(**inputs.to(model.device), **generation)
+    return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def _bar(progress: str | None) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=progress is None)

@@ -1,0 +1,221 @@
+"""Decoding: every kind of file to mono float32 at the asked rate, sections, errors, and cuts at quiet places."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from tones import record, speak
+
+from steermoe.data.audio import AudioError, blocks_of, duration_of, load_audio, read_audio, split_at_quiet
+
+SPEECH = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "speech"
+
+
+def tone(seconds: float, rate: int, frequency: float = 440.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000, 96000])
+def test_any_rate(tmp_path: Path, rate: int) -> None:
+    soundfile.write(tmp_path / "a.wav", tone(1.5, rate), rate)
+    samples = load_audio(tmp_path / "a.wav", 16000)
+    assert samples.dtype == np.float32 and samples.shape == (round(round(1.5 * rate) * 16000 / rate),)
+    assert np.abs(samples[:24000] - tone(1.5, 16000))[400:-400].max() < 2e-3
+
+
+@pytest.mark.parametrize(
+    "name, options, error",
+    [
+        ("a.wav", {"subtype": "PCM_16"}, 1e-4),
+        ("a.wav", {"subtype": "PCM_24"}, 1e-6),
+        ("a.wav", {"subtype": "FLOAT"}, 1e-7),
+        ("a.wav", {"subtype": "PCM_U8"}, 1e-2),
+        ("a.flac", {"subtype": "PCM_24"}, 1e-6),
+        ("a.ogg", {}, 2e-2),
+        ("a.mp3", {}, 2e-2),
+    ],
+)
+def test_any_format(tmp_path: Path, name: str, options: dict[str, str], error: float) -> None:
+    soundfile.write(tmp_path / name, tone(1.0, 16000), 16000, **options)
+    samples = load_audio(tmp_path / name)
+    assert len(samples) == 16000
+    assert np.abs(samples - tone(1.0, 16000))[1000:-1000].max() < error
+    assert np.array_equal(load_audio((tmp_path / name).read_bytes()), samples)
+
+
+def test_stereo_is_the_mean_of_its_channels(tmp_path: Path) -> None:
+    left, right = tone(1.0, 16000), tone(1.0, 16000, 1000.0)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right], axis=1), 16000, subtype="FLOAT")
+    audio = read_audio(tmp_path / "a.wav")
+    assert audio.channels == 2
+    assert np.abs(audio.samples - (left + right) / 2).max() < 1e-6
+
+
+def test_arrays() -> None:
+    wave = tone(0.5, 8000)
+    assert np.array_equal(load_audio((wave, 8000), 8000), wave)
+    assert np.abs(load_audio(((wave * 32767).astype(np.int16), 8000), 8000) - wave).max() < 1e-4
+    assert np.abs(load_audio((np.stack([wave, -wave]), 8000), 8000)).max() == 0
+    for bad, said in [((wave.reshape(2, 2, -1), 8000), "shape"), ((wave, 0), "sampling rate"), ((wave[:0], 8000), "empty")]:
+        with pytest.raises(AudioError, match=said):
+            load_audio(bad)
+    with pytest.raises(AudioError, match="finite"):
+        load_audio((np.full(100, np.nan, np.float32), 8000))
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3"])
+@pytest.mark.parametrize("rate", [16000, 22050])
+def test_a_section_is_what_the_whole_file_has_there(tmp_path: Path, name: str, rate: int) -> None:
+    rng = np.random.default_rng(0)
+    noise = np.convolve(rng.standard_normal(rate * 6), np.ones(16) / 16, "same").astype(np.float32)
+    soundfile.write(tmp_path / name, 0.2 * noise, rate)
+    whole = load_audio(tmp_path / name)
+    section = load_audio(tmp_path / name, offset=2.0, duration=1.5)
+    assert len(section) == 24000
+    assert np.abs(section - whole[32000:56000]).max() < 1e-4
+    assert len(load_audio(tmp_path / name, offset=5.0, duration=9.0)) == pytest.approx(16000, abs=2)
+    with pytest.raises(AudioError, match=r"has 6\.\d+ s, and the section begins at 7\.00 s"):
+        load_audio(tmp_path / name, offset=7.0)
+
+
+def test_only_the_section_is_decoded(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "long.wav", np.zeros(16000 * 600, np.int16), 16000)
+    tracemalloc.start()
+    load_audio(tmp_path / "long.wav", offset=500.0, duration=2.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000
+
+
+def test_a_flac_without_its_length(tmp_path: Path) -> None:
+    record(tmp_path / "a.flac", "one two three")
+    data = bytearray((tmp_path / "a.flac").read_bytes())
+    # STREAMINFO's total samples: the low 36 bits of bytes 18 to 25.
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    with pytest.raises(AudioError, match="does not say how long it is"):
+        load_audio(bytes(data))
+
+
+def test_errors_say_what_came(tmp_path: Path) -> None:
+    (tmp_path / "nothing.wav").write_bytes(b"")
+    (tmp_path / "text.wav").write_text("this is a transcript, not a recording\n" * 50)
+    soundfile.write(tmp_path / "headed.wav", np.zeros(0), 16000)
+    for name, said in [
+        ("nothing.wav", "is empty: it has 0 bytes"),
+        ("text.wav", "is not audio that soundfile reads"),
+        ("headed.wav", "is empty or cut off"),
+        ("missing.wav", "does not exist"),
+        ("", "is not a file"),
+    ]:
+        with pytest.raises(AudioError, match=said) as error:
+            load_audio(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value)
+    with pytest.raises(ValueError, match="duration positive"):
+        load_audio(tmp_path / "text.wav", duration=0.0)
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.98])
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3"])
+def test_cut_off_files_are_errors(tmp_path: Path, name: str, kept: float) -> None:
+    record(tmp_path / name, "one two three four five six seven eight nine " * 4)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(AudioError, match="cut off"):
+        load_audio(tmp_path / name)
+
+
+def test_a_stream_of_unknown_length_is_no_cut_off_file(tmp_path: Path) -> None:
+    record(tmp_path / "a.wav", "one two")
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[4:8] = struct.pack("<I", 0xFFFFFFFF)
+    data[40:44] = struct.pack("<I", 0xFFFFFFFF)
+    assert len(load_audio(bytes(data))) == 16000
+
+
+def test_silent_and_clipped_are_noticed(tmp_path: Path) -> None:
+    def warnings(samples: np.ndarray) -> list[str]:
+        soundfile.write(tmp_path / "a.wav", samples, 44100)
+        return [warning.split()[0] for warning in read_audio(tmp_path / "a.wav").loudness.warnings]
+
+    assert warnings(np.zeros(44100)) == ["silent"]
+    assert warnings(tone(1.0, 44100)) == []
+    assert warnings(2 * tone(1.0, 44100)) == []
+    assert warnings(np.clip(4 * tone(1.0, 44100), -1, 1)) == ["clipped"]
+    assert warnings(np.stack([np.clip(4 * tone(1.0, 44100), -1, 1), tone(1.0, 44100)], axis=1)) == ["clipped"]
+
+
+def test_cuts_lie_in_pauses_and_cover_everything(tmp_path: Path) -> None:
+    words = "one two three four five six seven eight nine " * 8
+    path = record(tmp_path / "a.wav", words)
+    sections = split_at_quiet(path, 5.0)
+    assert sections[0][0] == 0 and sections[-1][1] == duration_of(path)
+    assert all(left[1] == right[0] for left, right in pairwise(sections))
+    assert all(0.4 < end - begin <= 5.0 for begin, end in sections)
+    assert len(sections) <= 9
+    samples = speak(words)
+    for _, end in sections[:-1]:
+        at = round(end * 16000)
+        assert np.abs(samples[at - 800 : at + 800]).max() < 0.01
+
+
+@pytest.mark.parametrize("frames", [3, 79_999, 80_000, 80_001, 80_002, 160_001])
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_no_piece_is_longer_than_the_limit(frames: int, rate: int) -> None:
+    rng = np.random.default_rng(frames)
+    source = (rng.standard_normal(frames).astype(np.float32) * 0.1, rate)
+    sections = split_at_quiet(source, 1.0)
+    lengths = [len(load_audio(source, 16000, begin, end - begin)) for begin, end in sections]
+    assert max(lengths) <= 16000
+    assert sum(round((end - begin) * rate) for begin, end in sections) == frames
+
+
+def test_sections_of_sections() -> None:
+    source = (speak("one two three four five six seven eight nine"), 16000)
+    sections = split_at_quiet(source, 1.0, offset=1.0, duration=2.5)
+    assert sections[0][0] == 1.0 and sections[-1][1] == 3.5
+    with pytest.raises(ValueError, match="max_seconds must be positive"):
+        split_at_quiet(source, 0)
+    with pytest.raises(AudioError, match="section begins at"):
+        split_at_quiet(source, 1.0, offset=100.0)
+
+
+def test_two_hours_without_loading_them(tmp_path: Path) -> None:
+    rate = 4000
+    with soundfile.SoundFile(tmp_path / "long.wav", "w", rate, 1, subtype="PCM_U8") as file:
+        minute = np.zeros(60 * rate, np.float32)
+        minute[: 50 * rate] = tone(50.0, rate)
+        for _ in range(120):
+            file.write(minute)
+    tracemalloc.start()
+    sections = split_at_quiet(tmp_path / "long.wav", 30.0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sections[-1][1] == 7200.0
+    assert 240 <= len(sections) <= 360
+    # A third of a piece in float32, and what finding its quietest place takes; the whole file would be 115 MB.
+    assert peak < 4_000_000
+
+
+def test_blocks_are_the_file(tmp_path: Path) -> None:
+    path = record(tmp_path / "a.wav", "one two three four five")
+    blocks = list(blocks_of(path, 1.0))
+    assert [len(block.samples) for block in blocks] == [16000, 16000, 8000]
+    assert np.array_equal(np.concatenate([block.samples for block in blocks]), load_audio(path))
+
+
+@pytest.mark.skipif(not SPEECH.is_dir(), reason="no recorded speech beside the repository")
+def test_recordings() -> None:
+    audio = read_audio(SPEECH / "read" / "jfk.flac")
+    assert (audio.source_rate, audio.channels, len(audio.samples)) == (44100, 2, 176000)
+    assert audio.loudness.warnings == []
+    digit = read_audio(SPEECH / "fsdd" / "0_george_0.wav")
+    assert digit.source_rate == 8000 and digit.seconds == pytest.approx(0.298, abs=1e-3)
+    cuts = split_at_quiet(SPEECH / "read" / "jfk.flac", 5.0)
+    assert cuts[-1][1] == 11.0 and max(end - begin for begin, end in cuts) <= 5.0

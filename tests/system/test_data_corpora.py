@@ -1,0 +1,285 @@
+"""Every kind of corpus: the rows it yields, the ones it names as bad, and how a path's kind is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+from tones import record, speak
+
+from steermoe import data
+from steermoe.data.corpus import TooManyBadRows
+
+SPEECH = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "speech"
+
+
+def write_manifest(folder: Path, *lines: object) -> Path:
+    path = folder / "manifest.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_manifest_fields(tmp_path: Path) -> None:
+    audio = record(tmp_path / "clips" / "a.wav", "one two")
+    path = write_manifest(
+        tmp_path,
+        {"audio_filepath": "clips/a.wav", "text": "one two", "duration": 1.0, "speaker": "s1"},
+        "",
+        {"audio_filepath": str(audio), "text": None, "offset": 0.5, "duration": 0.25, "id": 7},
+        {"audio_filepath": "clips/a.wav", "prompt": "How many?", "answers": ["two", "2"]},
+    )
+    corpus = data.load(path)
+    assert corpus.problems == [] and len(corpus) == 3
+    first, second, third = corpus
+    assert (first.audio, first.text, first.duration, first.id, first.extra) == (
+        str(audio),
+        "one two",
+        1.0,
+        "clips/a.wav",
+        {"speaker": "s1"},
+    )
+    assert (second.text, second.offset, second.duration, second.id, second.where) == (None, 0.5, 0.25, "7", f"{path}:3")
+    assert (third.prompt, third.text, third.answers, third.duration) == ("How many?", "two", ("two", "2"), None)
+    assert corpus.durations().tolist() == [1.0, 0.25, 1.0]
+    assert len(data.load({"path": str(tmp_path), "where": {"speaker": ["s1", "s2"]}})) == 1
+
+
+def test_broken_lines_are_named_by_number(tmp_path: Path) -> None:
+    record(tmp_path / "a.wav", "one")
+    path = write_manifest(
+        tmp_path,
+        {"audio_filepath": "a.wav", "text": "one"},
+        '{"audio_filepath": "a.wav", "text": ',
+        "[1, 2]",
+        {"text": "no audio"},
+        {"audio_filepath": "missing.wav", "text": "one"},
+        {"audio_filepath": "a.wav", "text": 5},
+        {"audio_filepath": "a.wav", "text": "one", "duration": -1},
+        {"audio_filepath": "a.wav", "text": "one", "duration": float("nan")},
+        {"audio_filepath": "a.wav", "text": "one", "offset": True},
+        {"audio_filepath": "a.wav", "text": "one", "answers": "one"},
+    )
+    with open(path, "ab") as file:
+        file.write(b'{"audio_filepath": "a.wav", "text": "caf\xe9"}\n')
+    corpus = data.load(path)
+    assert len(corpus) == 1
+    said = [
+        "not JSON",
+        "JSON object",
+        "missing",
+        "not there",
+        "text must",
+        "duration must",
+        "duration must",
+        "offset must",
+        "answers must",
+        "not UTF-8",
+    ]
+    assert [problem.where for problem in corpus.problems] == [f"{path}:{line}" for line in range(2, 12)]
+    for problem, words in zip(corpus.problems, said, strict=True):
+        assert words in problem.reason
+    corpus.check_limit(10)
+    with pytest.raises(TooManyBadRows, match=r"10 bad rows in .*max_bad_rows allows 9(.|\n)*manifest.jsonl:2: not JSON(.|\n)*and 5 more"):
+        corpus.check_limit(9)
+
+
+def test_rows_without_a_text_can_be_transcribed_and_not_learnt_from(tmp_path: Path) -> None:
+    record(tmp_path / "a.wav", "one two three four")
+    texts = ["one", None, "  ", "", "two"]
+    corpus = data.load(write_manifest(tmp_path, *({"audio_filepath": "a.wav", "text": text} for text in texts)))
+    assert len(corpus) == 5
+    trained = corpus.for_training()
+    assert [row.text for row in trained] == ["one", "two"]
+    assert [problem.where.rpartition(":")[2] for problem in trained.problems] == ["2", "3", "4"]
+    assert len(corpus.for_scoring()) == 4
+    assert len(corpus.for_training(max_seconds=1.0).problems) == 5
+
+
+def test_librispeech(tmp_path: Path) -> None:
+    for name in ("0000", "0001", "0003"):
+        record(tmp_path / "test-clean" / "61" / "70968" / f"61-70968-{name}.flac", "one")
+    transcript = tmp_path / "test-clean" / "61" / "70968" / "61-70968.trans.txt"
+    transcript.write_text("61-70968-0000 HE BEGAN A CONFUSED\n61-70968-0001 GIVE NOT SO\n61-70968-0002 NOT RECORDED\n")
+    for spec in (tmp_path, tmp_path / "test-clean", {"path": str(tmp_path), "split": "test-clean"}, transcript.parent):
+        corpus = data.load(spec)
+        assert [(row.id, row.text) for row in corpus] == [("61-70968-0000", "HE BEGAN A CONFUSED"), ("61-70968-0001", "GIVE NOT SO")]
+        assert corpus[0].extra == {"speaker": "61"}
+        assert [str(problem) for problem in corpus.problems] == [
+            f"{transcript}:3: no audio file 61-70968-0002{{.flac,.wav,.ogg,.mp3,.opus}} beside it",
+            f"{transcript.parent / '61-70968-0003.flac'}: no line in 61-70968.trans.txt",
+        ]
+    with pytest.raises(FileNotFoundError, match="no split 'dev'; it has test-clean"):
+        data.load({"path": tmp_path, "split": "dev"})
+
+
+@pytest.mark.parametrize("transcript", ["transcript/aishell_transcript_v0.8.txt", "trans.txt"])
+def test_aishell(tmp_path: Path, transcript: str) -> None:
+    for split, name in [("train", "BAC009S0002W0122"), ("test", "BAC009S0764W0121"), ("test", "BAC009S0764W0122")]:
+        record(tmp_path / "wav" / split / name[6:11] / f"{name}.wav", "one")
+    (tmp_path / transcript).parent.mkdir(exist_ok=True)
+    lines = ["BAC009S0002W0122 而 对 楼市 成交", "BAC009S0764W0121 甚至 出现 a b 交易", "BAC009S0764W0199 没有 录音"]
+    (tmp_path / transcript).write_text("\n".join(lines), encoding="utf-8")
+    corpus = data.load(tmp_path)
+    assert [(row.id, row.text) for row in corpus] == [("BAC009S0764W0121", "甚至出现a b交易"), ("BAC009S0002W0122", "而对楼市成交")]
+    assert corpus[0].extra == {"speaker": "S0764"}
+    assert [problem.reason.split()[0] for problem in corpus.problems] == ["no", "no"] and len(corpus.problems) == 2
+    test = data.load({"path": tmp_path, "split": "test"})
+    assert len(test) == 1 and [Path(problem.where).stem for problem in test.problems] == ["BAC009S0764W0122"]
+    with pytest.raises(FileNotFoundError, match="has test, train"):
+        data.load({"path": tmp_path, "split": "dev"})
+    (tmp_path / "wav" / "dev").mkdir()
+    (tmp_path / "wav" / "dev" / "S0724.tar.gz").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match="unpack them"):
+        data.load({"path": tmp_path, "split": "dev"})
+
+
+def test_clotho_aqa(tmp_path: Path) -> None:
+    record(tmp_path / "audio_files" / "rain, heavy.wav", "one")
+    table = tmp_path / "clotho_aqa_test.csv"
+    table.write_text(
+        "file_name,QuestionText,answer,confidence\n"
+        '"rain, heavy.wav",Is it raining?,yes,yes\n"rain, heavy.wav",Is it raining?,no,maybe\n"rain, heavy.wav",Is it raining?,Yes,yes\n'
+        '"rain, heavy.wav",What falls?,rain,yes\n"rain, heavy.wav",What falls?,water,yes\n'
+        'gone.wav,Is it raining?,yes,yes\n,"What?",no,yes\n"rain, heavy.wav",Silence?,,yes\n',
+        encoding="utf-8-sig",
+    )
+    for spec in (tmp_path, table, {"path": tmp_path, "split": "test"}):
+        corpus = data.load(spec)
+        assert [(row.prompt, row.text, row.answers) for row in corpus] == [
+            ("Is it raining?", "yes", ("yes", "no", "Yes")),
+            ("What falls?", "rain", ("rain", "water")),
+        ]
+        assert sorted(problem.reason.partition(" in ")[0] for problem in corpus.problems) == [
+            "no answer",
+            "no audio gone.wav",
+            "no file name",
+        ]
+    wide = tmp_path / "wide.csv"
+    wide.write_text('file,question,answer_1,answer_2,answer_3\n"rain, heavy.wav",Wet?,no,yes,yes\n')
+    assert [(row.text, row.answers) for row in data.load(wide)] == [("yes", ("no", "yes", "yes"))]
+    (tmp_path / "clotho_aqa_train.csv").write_text("file_name,QuestionText,answer\n")
+    with pytest.raises(ValueError, match="split must be one of test, train for"):
+        data.load(tmp_path)
+    (tmp_path / "clotho_aqa_train.csv").write_text("name,QuestionText,answer\n")
+    with pytest.raises(ValueError, match="needs columns file_name, QuestionText and answer, got name"):
+        data.load({"path": tmp_path, "split": "train"})
+
+
+def test_huggingface_forms_of_audio(tmp_path: Path) -> None:
+    paths = [record(tmp_path / f"{word}.wav", word) for word in ("one", "two", "three")]
+    expected = [data.load_audio(path) for path in paths]
+    forms = {
+        "paths": datasets.Dataset.from_dict({"audio": [str(path) for path in paths] + [None]}).cast_column(
+            "audio", datasets.Audio(decode=False)
+        ),
+        "bytes": datasets.Dataset.from_list([{"audio": {"bytes": path.read_bytes(), "path": None}} for path in paths] + [{"audio": None}]),
+        "arrays": datasets.Dataset.from_list(
+            [{"audio": {"array": speak(word).tolist(), "sampling_rate": 16000}} for word in ("one", "two", "three")] + [{"audio": None}]
+        ),
+        "strings": datasets.Dataset.from_dict({"audio": [str(path) for path in paths] + [None]}),
+    }
+    forms["decoded"] = forms["paths"].cast_column("audio", datasets.Audio(sampling_rate=8000))
+    for name, dataset in forms.items():
+        dataset = dataset.add_column("sentence", ["one", "two", None, "four"]).add_column("speaker", ["a", "b", "c", "d"])
+        dataset.save_to_disk(tmp_path / name)
+        corpus = data.load(tmp_path / name)
+        assert [row.text for row in corpus] == ["one", "two", None], name
+        assert [problem.where for problem in corpus.problems] == [f"{tmp_path / name}[3]"]
+        assert corpus[1].extra == {"speaker": "b"} and corpus[1].id == "1"
+        for row, samples in zip(corpus, expected, strict=True):
+            assert np.abs(data.load_audio(row.audio) - samples).max() < 1e-4, name
+        assert corpus.durations().tolist() == [0.5, 0.5, 0.5]
+
+
+def test_huggingface_splits_selections_and_columns(tmp_path: Path) -> None:
+    rows = [
+        {"clip": {"bytes": record(tmp_path / f"{i}.wav", word).read_bytes(), "path": None}, "said": word}
+        for i, word in enumerate(["one", "two"])
+    ]
+    dataset = datasets.Dataset.from_list([*rows, {"clip": None, "said": "three"}])
+    shuffled = dataset.select([2, 1, 0])
+    datasets.DatasetDict({"train": dataset, "test": shuffled}).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match="split must be one of train, test"):
+        data.load(tmp_path / "set")
+    with pytest.raises(ValueError, match="name it with audio_column"):
+        data.load({"path": tmp_path / "set", "split": "test"})
+    corpus = data.load({"path": tmp_path / "set", "split": "test", "audio_column": "clip", "text_column": "said"})
+    assert [row.text for row in corpus] == ["two", "one"] and corpus.problems[0].where.endswith("[0]")
+    shuffled.to_parquet(tmp_path / "parquet" / "train.parquet")
+    corpus = data.load(
+        {"kind": "huggingface", "path": str(tmp_path / "parquet"), "split": "train", "audio_column": "clip", "text_column": "said"}
+    )
+    assert [row.text for row in corpus] == ["two", "one"]
+    assert len(data.load_audio(corpus[0].audio)) == 8000
+    with pytest.raises(ValueError, match="text_column must be one of clip, said, got 'text'"):
+        data.load({"path": tmp_path / "set", "split": "test", "audio_column": "clip", "text_column": "text"})
+    with pytest.raises(ValueError, match="must hold audio as a path"):
+        datasets.Dataset.from_dict({"audio": [1, 2]}).save_to_disk(tmp_path / "numbers")
+        data.load(tmp_path / "numbers")
+
+
+def test_a_selection_in_memory_knows_which_rows_are_missing(tmp_path: Path) -> None:
+    from steermoe.data.huggingface import _missing_audio
+
+    dataset = datasets.Dataset.from_list([{"audio": "a.wav"}, {"audio": None}, {"audio": "b.wav"}]).select([1, 2, 1])
+    assert _missing_audio(dataset, "audio").tolist() == [True, False, True]
+
+
+def test_specifications(tmp_path: Path) -> None:
+    record(tmp_path / "a.wav", "one")
+    path = write_manifest(tmp_path, *({"audio_filepath": "a.wav", "text": str(i)} for i in range(4)), {"audio_filepath": "b.wav"})
+    both = data.load([str(path), {"path": path, "first": 2, "prompt": "Say it."}])
+    assert [row.text for row in both] == ["0", "1", "2", "3", "0", "1"] and both[-1].text == "1"
+    assert [row.prompt for row in both] == [None] * 4 + ["Say it."] * 2
+    assert len(both.problems) == 2
+    assert [row.text for row in both[1:5]] == ["1", "2", "3", "0"]
+    with pytest.raises(IndexError):
+        both[6]
+
+
+def test_specification_errors(tmp_path: Path) -> None:
+    record(tmp_path / "a.wav", "one")
+    path = write_manifest(tmp_path, {"audio_filepath": "gone.wav"})
+    (tmp_path / "empty").mkdir()
+    for spec, error, said in [
+        (tmp_path / "gone", FileNotFoundError, "there is nothing at"),
+        (
+            tmp_path / "empty",
+            ValueError,
+            r"no kind of corpus takes .*; looked for(.|\n)*librispeech: a folder with \*.trans.txt(.|\n)*manifest: ",
+        ),
+        (tmp_path / "a.wav", ValueError, "no kind of corpus takes"),
+        (
+            {"path": path, "kind": "manifests"},
+            ValueError,
+            r"kind must be one of aishell, .*, got 'manifests' \(did you mean 'manifest'\?\)",
+        ),
+        ({"path": path, "audio_dirs": "x"}, ValueError, r"has no option 'audio_dirs'.*did you mean 'audio_dir'"),
+        ({"kind": "manifest"}, ValueError, "a corpus needs 'path', got only 'kind'"),
+        ({"path": path, "first": 0}, ValueError, "first must be a positive number of rows"),
+        (path, ValueError, r"has no usable row: 1 bad ones\n.*manifest.jsonl:1: audio_filepath .*gone.wav is not there"),
+        ([], ValueError, "at least one corpus"),
+        (3, TypeError, "got int"),
+    ]:
+        with pytest.raises(error, match=said):
+            data.load(spec)  # type: ignore[arg-type]
+
+
+def test_a_kind_is_one_file() -> None:
+    assert set(data.kinds()) == {"manifest", "librispeech", "aishell", "clotho_aqa", "huggingface"}
+    for kind in data.kinds().values():
+        assert kind.LOOKED_FOR and callable(kind.takes) and callable(kind.read)
+
+
+@pytest.mark.skipif(not SPEECH.is_dir(), reason="no recorded speech beside the repository")
+def test_recordings() -> None:
+    corpus = data.load(SPEECH)
+    assert len(corpus) == 2008 and corpus.problems == []
+    assert len(corpus.for_training()) == 2006
+    assert len(data.load({"path": SPEECH, "where": {"split": "test", "source": "fsdd"}})) == 200
+    row = next(row for row in corpus if str(row.audio).endswith("jfk.flac"))
+    assert soundfile.info(str(row.audio)).duration == row.duration

@@ -1,0 +1,119 @@
+"""Recordings of any length to text, JSON and subtitles, and questions about them."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from tones import ToneModel, ToneProcessor, record, speak
+
+from steermoe.data import AudioError
+from steermoe.transcription import Segment, Transcript, ask, join_texts, timecode, transcribe
+
+WORDS = "one two three four five six seven eight nine zero yes no"
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+@pytest.mark.parametrize("repeats", [1, 7])
+def test_no_word_is_lost_however_long(tmp_path: Path, repeats: int, rate: int) -> None:
+    words = " ".join([WORDS] * repeats)
+    transcript = transcribe(ToneModel(), ToneProcessor(), record(tmp_path / "a.flac", words, rate), batch_size=3)
+    assert transcript.text == words
+    assert transcript.duration == pytest.approx(6.0 * repeats, abs=1e-3)
+    assert transcript.segments[0].start == 0 and transcript.segments[-1].end == transcript.duration
+    assert all(left.end == right.start for left, right in zip(transcript.segments, transcript.segments[1:], strict=False))
+    assert len(transcript.segments) > repeats and transcript.seconds > 0
+
+
+def test_stereo_and_shorter_pieces(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.stack([speak(WORDS)] * 2, axis=1), 16000, subtype="PCM_24")
+    model = ToneModel()
+    transcript = transcribe(model, ToneProcessor(), str(tmp_path / "a.wav"), max_seconds=1.5, batch_size=2)
+    assert transcript.text == WORDS and len(transcript.segments) >= 4
+    assert max(segment.end - segment.start for segment in transcript.segments) <= 1.5
+    assert max(model.batches) == 2
+    for wrong in (0, -1.0, 5.1):
+        with pytest.raises(ValueError, match="max_seconds must be above 0 and at most the encoder's 5"):
+            transcribe(model, ToneProcessor(), tmp_path / "a.wav", max_seconds=wrong)
+
+
+def test_silence_is_not_given_to_the_model(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.concatenate([speak("one two"), np.zeros(12 * 16000, np.float32), speak("three")]), 16000)
+    model = ToneModel()
+    transcript = transcribe(model, ToneProcessor(), tmp_path / "a.wav")
+    assert transcript.text == "one two three"
+    assert sum(model.batches) < len(transcript.segments)
+    soundfile.write(tmp_path / "b.wav", np.zeros(16000), 16000)
+    assert transcribe(model, ToneProcessor(), tmp_path / "b.wav").segments == (Segment(0.0, 1.0, ""),)
+
+
+def test_two_hours(tmp_path: Path) -> None:
+    rate = 4000
+    word = speak("seven", rate)
+    with soundfile.SoundFile(tmp_path / "long.wav", "w", rate, 1, subtype="PCM_U8") as file:
+        for minute in range(120):
+            block = np.zeros(60 * rate, np.float32)
+            at = (minute % 10) * 5 * rate + rate
+            block[at : at + len(word)] = word
+            file.write(block)
+    processor = ToneProcessor()
+    processor.max_seconds = 30.0
+    tracemalloc.start()
+    transcript = transcribe(ToneModel(), processor, tmp_path / "long.wav", batch_size=4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert transcript.text.split() == ["seven"] * 120 and transcript.duration == 7200.0
+    # Two hours at 16 kHz in float32 are 461 MB; four pieces of 30 s with their copies are a twentieth.
+    assert peak < 40_000_000
+
+
+def test_output_forms() -> None:
+    segments = (Segment(0.0, 1.5, "hello there"), Segment(1.5, 62.0006, ""), Segment(62.0006, 3723.9996, "über uns"))
+    transcript = Transcript("a.wav", segments, 3724.0, 2.0)
+    assert transcript.text == "hello there über uns"
+    assert transcript.to_srt() == ("1\n00:00:00,000 --> 00:00:01,500\nhello there\n\n2\n00:01:02,001 --> 01:02:04,000\nüber uns\n")
+    parsed = json.loads(transcript.to_json())
+    assert parsed["segments"][0] == {"start": 0.0, "end": 1.5, "text": "hello there"} and parsed["text"] == transcript.text
+    assert "über" in transcript.to_json()
+    assert Transcript("a.wav", (Segment(0.0, 1.0, ""),), 1.0, 0.1).to_srt() == ""
+
+
+@pytest.mark.parametrize(
+    "seconds, code",
+    [(0, "00:00:00,000"), (0.9996, "00:00:01,000"), (59.9999, "00:01:00,000"), (3599.9999, "01:00:00,000"), (360000.25, "100:00:00,250")],
+)
+def test_timecodes(seconds: float, code: str) -> None:
+    assert timecode(seconds) == code
+
+
+def test_texts_are_joined_as_their_script_is_written() -> None:
+    assert join_texts(["hello", " ", "", "there "]) == "hello there"
+    assert join_texts(["你好", "世界。", "好"]) == "你好世界。好"
+    assert join_texts(["你好", "world", "한국", "어"]) == "你好 world 한국 어"
+    assert join_texts([]) == ""
+
+
+def test_ask(tmp_path: Path) -> None:
+    processor = ToneProcessor()
+    assert ask(ToneModel(), processor, record(tmp_path / "a.wav", "yes"), "Is anyone there?") == "yes"
+    assert processor.calls[0]["messages"] == [[{"role": "user", "content": "<|audio|>Is anyone there?"}]]
+    assert ask(ToneModel(), processor, record(tmp_path / "b.wav", WORDS), "What?", max_new_tokens=20) == WORDS
+    assert processor.calls[1]["clips"] == 2
+    with pytest.raises(ValueError, match="question must not be empty"):
+        ask(ToneModel(), processor, tmp_path / "a.wav", " ")
+
+
+def test_unusable_audio_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "text.wav").write_text("words " * 100)
+    (tmp_path / "empty.wav").write_bytes(b"")
+    record(tmp_path / "cut.mp3", WORDS)
+    (tmp_path / "cut.mp3").write_bytes((tmp_path / "cut.mp3").read_bytes()[:9000])
+    for name, said in [("text.wav", "is not audio"), ("empty.wav", "0 bytes"), ("cut.mp3", "cut off"), ("gone.wav", "does not exist")]:
+        with pytest.raises(AudioError, match=said):
+            transcribe(ToneModel(), ToneProcessor(), tmp_path / name)
+        with pytest.raises(AudioError, match=said):
+            ask(ToneModel(), ToneProcessor(), tmp_path / name, "What?")
