@@ -182,6 +182,8 @@ def evaluate(
         raise ValueError(f"task must be one of {', '.join(TASKS)} or None, got {task!r}")
     # What scoring needs is asked for now: after hours of generation is late to learn that it is not installed.
     word_errors([""], [""], language, normalization=normalization)
+    if output is not None and Path(output).is_dir():
+        raise ValueError(f"output must be a file, and {output} is a folder")
     rows = corpus.for_scoring()
     rows.check_limit(max_bad_rows)
     if not len(rows):
@@ -258,14 +260,14 @@ def _requests(rows: Corpus, max_seconds: float, prompt: str, task: str, log: Bad
                 else split_at_quiet(row.audio, max_seconds, row.offset, row.duration)
             )
         except AudioError as error:
-            log.error(row.where or row.id, str(error))
+            log.error(row.name, str(error))
             continue
-        asked, where = row.prompt or prompt, row.where or row.id
+        asked = row.prompt or prompt
         if task == "question":
-            requests.append(Request((index, 0), row.audio, tuple(sections), asked, where))
+            requests.append(Request((index, 0), row.audio, tuple(sections), asked, row.name))
         else:
             requests += [
-                Request((index, piece), row.audio, (section,), asked, where, skip_silence=True) for piece, section in enumerate(sections)
+                Request((index, piece), row.audio, (section,), asked, row.name, skip_silence=True) for piece, section in enumerate(sections)
             ]
     return requests
 
@@ -288,7 +290,7 @@ def _hypotheses(rows: Corpus, requests: Sequence[Request], responses: dict[tuple
                 reference=row.text if row.text is not None else row.answers[0],
                 hypothesis=join_texts([response.text for response in answered]),
                 answers=row.answers,
-                duration=sum(request.seconds for request in asked),
+                duration=sum(response.audio_seconds for response in answered),
                 seconds=sum(response.seconds for response in answered),
                 extra=dict(row.extra),
             )

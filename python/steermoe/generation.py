@@ -42,11 +42,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """The text a request got; ``seconds`` is its share of its batch's time, decoding the audio included."""
+    """The text a request got. Its decoded audio had ``loudness`` and ``audio_seconds``; ``seconds`` is its share of its batch's time."""
 
     request: Request
     text: str
+    loudness: Loudness
+    audio_seconds: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch of ``size`` requests: those to answer and those of silence, each with its loudness and seconds, and the processor's batch."""
+
+    size: int
+    answerable: list[tuple[Request, Loudness, float]]
+    silent: list[tuple[Request, Loudness, float]]
+    inputs: Any
 
 
 def respond(
@@ -81,13 +93,13 @@ def respond(
         with _bar(progress) as bar:
             task = bar.add_task(progress or "", total=len(requests))
             begun = time.perf_counter()
-            for total, answerable, silent, inputs in loader:
-                texts = _generate(model, processor, inputs, generation) if answerable else []
-                now = time.perf_counter()
-                share = (now - begun) / total
-                yield from (Response(request, text, share) for request, text in zip(answerable, texts, strict=True))
-                yield from (Response(request, "", share) for request in silent)
-                bar.advance(task, total)
+            for batch in loader:
+                texts = _generate(model, processor, batch.inputs, generation) if batch.answerable else []
+                share = (time.perf_counter() - begun) / batch.size
+                for prepared, text in zip([*batch.answerable, *batch.silent], [*texts, *[""] * len(batch.silent)], strict=True):
+                    request, loudness, audio_seconds = prepared
+                    yield Response(request, text, loudness, audio_seconds, share)
+                bar.advance(task, batch.size)
                 # Again, so that what the caller does with a response is not counted.
                 begun = time.perf_counter()
     finally:
@@ -106,15 +118,15 @@ class _Indexed(torch.utils.data.Dataset[Request]):
 
 
 class _Preparation:
-    """A batch of requests to (how many, those to answer, those of silence, the processor's batch of the former)."""
+    """Decodes a batch of requests and gives it to the processor."""
 
     def __init__(self, processor: Any, bad_rows: BadRowLog | None) -> None:
         self._processor = processor
         self._bad_rows = bad_rows
 
-    def __call__(self, requests: Sequence[Request]) -> tuple[int, list[Request], list[Request], Any]:
-        answerable: list[Request] = []
-        silent: list[Request] = []
+    def __call__(self, requests: Sequence[Request]) -> _Prepared:
+        answerable: list[tuple[Request, Loudness, float]] = []
+        silent: list[tuple[Request, Loudness, float]] = []
         samples = []
         for request in requests:
             try:
@@ -129,12 +141,13 @@ class _Preparation:
                 for warning in loudness.warnings:
                     self._bad_rows.warn(request.where, warning)
             if request.skip_silence and loudness.silent:
-                silent.append(request)
+                silent.append((request, loudness, sum(clip.seconds for clip in clips)))
             else:
-                answerable.append(request)
+                answerable.append((request, loudness, sum(clip.seconds for clip in clips)))
                 samples += [clip.samples for clip in clips]
-        chats = [chat(request.prompt, len(request.sections)) for request in answerable]
-        return len(requests), answerable, silent, self._processor(messages=chats, audio=samples) if chats else None
+        chats = [chat(request.prompt, len(request.sections)) for request, _, _ in answerable]
+        inputs = self._processor(messages=chats, audio=samples) if chats else None
+        return _Prepared(len(requests), answerable, silent, inputs)
 
 
 @torch.inference_mode()

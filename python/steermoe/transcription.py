@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .data.audio import AudioSource, name_of, split_at_quiet
+from .data.audio import AudioSource, Loudness, name_of, split_at_quiet
 from .data.collator import TRANSCRIPTION_PROMPT
 from .generation import Request, respond
 
@@ -31,12 +31,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Transcript:
-    """A recording's text. ``duration`` is of the audio, ``seconds`` what transcribing took; segments cover the audio in order."""
+    """A recording's text. ``duration`` is of the audio, ``seconds`` what transcribing took; segments cover the audio in order.
+
+    ``warnings`` say what looks wrong with the audio: silent, clipped.
+    """
 
     source: str
     segments: tuple[Segment, ...]
     duration: float
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -49,11 +53,12 @@ class Transcript:
             "text": self.text,
             "duration": self.duration,
             "seconds": self.seconds,
+            "warnings": list(self.warnings),
             "segments": [asdict(segment) for segment in self.segments],
         }
 
     def to_json(self) -> str:
-        """One JSON object: source, text, duration and seconds, and segments with start, end and text."""
+        """One JSON object: source, text, duration, seconds, warnings, and segments with start, end and text."""
         return json.dumps(self.to_dict(), ensure_ascii=False, indent=2)
 
     def to_srt(self) -> str:
@@ -91,10 +96,11 @@ def transcribe(
     prompt = TRANSCRIPTION_PROMPT if prompt is None else prompt
     requests = [Request(key, source, (section,), prompt, name, skip_silence=True) for key, section in enumerate(sections)]
     shown = f"transcribing {os.path.basename(name)}" if progress else None
-    responses = respond(model, processor, requests, batch_size=batch_size, num_workers=num_workers, progress=shown, **generation)
-    texts = {response.request.key: response.text for response in responses}
-    segments = tuple(Segment(start, end, texts[key]) for key, (start, end) in enumerate(sections))
-    return Transcript(name, segments, sections[-1][1] - sections[0][0], time.perf_counter() - begun)
+    answered = respond(model, processor, requests, batch_size=batch_size, num_workers=num_workers, progress=shown, **generation)
+    responses = {response.request.key: response for response in answered}
+    segments = tuple(Segment(start, end, responses[key].text) for key, (start, end) in enumerate(sections))
+    warnings = Loudness.joined(response.loudness for response in responses.values()).warnings
+    return Transcript(name, segments, sections[-1][1] - sections[0][0], time.perf_counter() - begun, tuple(warnings))
 
 
 def ask(model: Any, processor: Any, source: AudioSource, question: str, **generation: Any) -> str:

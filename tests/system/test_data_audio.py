@@ -139,6 +139,17 @@ def test_a_stream_of_unknown_length_is_no_cut_off_file(tmp_path: Path) -> None:
     assert len(load_audio(bytes(data))) == 16000
 
 
+def test_only_the_data_chunk_tells_whether_a_wav_file_is_whole(tmp_path: Path) -> None:
+    record(tmp_path / "a.wav", "one two")
+    data = (tmp_path / "a.wav").read_bytes()
+    # Some writers count the header in the RIFF size; others put chunks of odd length before the data.
+    assert len(load_audio(data[:4] + struct.pack("<I", len(data)) + data[8:])) == 16000
+    odd = data[:12] + b"LIST" + struct.pack("<I", 5) + b"INFOx\0" + data[12:]
+    assert len(load_audio(odd)) == 16000
+    with pytest.raises(AudioError, match="cut off"):
+        load_audio(odd[:-2])
+
+
 def test_silent_and_clipped_are_noticed(tmp_path: Path) -> None:
     def warnings(samples: np.ndarray) -> list[str]:
         soundfile.write(tmp_path / "a.wav", samples, 44100)
@@ -148,6 +159,9 @@ def test_silent_and_clipped_are_noticed(tmp_path: Path) -> None:
     assert warnings(tone(1.0, 44100)) == []
     assert warnings(2 * tone(1.0, 44100)) == []
     assert warnings(np.clip(4 * tone(1.0, 44100), -1, 1)) == ["clipped"]
+    # Two samples at full scale are a peak, three a flat top.
+    assert warnings(np.tile([1.0, 1.0, 0.0, -1.0, -1.0, 0.0], 7350)) == []
+    assert warnings(np.tile([1.0, 1.0, 1.0, -1.0, -1.0, -1.0], 7350)) == ["clipped"]
     assert warnings(np.stack([np.clip(4 * tone(1.0, 44100), -1, 1), tone(1.0, 44100)], axis=1)) == ["clipped"]
 
 
@@ -165,7 +179,7 @@ def test_cuts_lie_in_pauses_and_cover_everything(tmp_path: Path) -> None:
         assert np.abs(samples[at - 800 : at + 800]).max() < 0.01
 
 
-@pytest.mark.parametrize("frames", [3, 79_999, 80_000, 80_001, 80_002, 160_001])
+@pytest.mark.parametrize("frames", [3, 16_001, 44_101, 79_999, 80_000, 80_001, 80_002, 160_001])
 @pytest.mark.parametrize("rate", [16000, 44100])
 def test_no_piece_is_longer_than_the_limit(frames: int, rate: int) -> None:
     rng = np.random.default_rng(frames)

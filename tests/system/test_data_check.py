@@ -87,6 +87,15 @@ def test_every_fault_is_found(tmp_path: Path) -> None:
         report.finding("loud")
 
 
+def test_a_corpus_without_a_usable_row_is_reported(tmp_path: Path) -> None:
+    report = check(manifest(tmp_path, {"audio_filepath": "gone.wav"}, {"text": "x"}))
+    assert report.rows == 2 and len(report.finding("bad rows")) == 2 and report.exit_status == 1
+    printed = io.StringIO()
+    Console(width=200, file=printed).print(report)
+    assert "bad rows (2)" in printed.getvalue()
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
 def test_sections_of_one_file_are_neither_duplicates_nor_wrong(tmp_path: Path) -> None:
     record(tmp_path / "a.wav", "one two three four")
     rows = [{"audio_filepath": "a.wav", "text": "x", "offset": 0.5 * index, "duration": 0.5} for index in range(4)]

@@ -199,6 +199,8 @@ def test_questions_get_all_pieces_in_one_prompt(tmp_path: Path) -> None:
     assert as_text.errors is not None
     with pytest.raises(ValueError, match="task must be one of transcription, question or None, got 'asr'"):
         evaluate(ToneModel(), processor, Corpus(rows), task="asr")
+    with pytest.raises(ValueError, match="output must be a file, and"):
+        evaluate(ToneModel(), processor, Corpus(rows), output=tmp_path)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         evaluate(ToneModel(), processor, Corpus(rows), batch_size=0)
 

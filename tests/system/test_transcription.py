@@ -49,6 +49,8 @@ def test_silence_is_not_given_to_the_model(tmp_path: Path) -> None:
     assert sum(model.batches) < len(transcript.segments)
     soundfile.write(tmp_path / "b.wav", np.zeros(16000), 16000)
     assert transcribe(model, ToneProcessor(), tmp_path / "b.wav").segments == (Segment(0.0, 1.0, ""),)
+    assert transcript.warnings == ()
+    assert transcribe(model, ToneProcessor(), tmp_path / "b.wav").warnings[0].startswith("silent")
 
 
 def test_two_hours(tmp_path: Path) -> None:

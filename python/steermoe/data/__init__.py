@@ -64,23 +64,24 @@ __all__ = [
 Specification: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any]"
 
 
-def load(spec: Specification) -> Corpus:
+def load(spec: Specification, *, allow_empty: bool = False) -> Corpus:
     """The corpus that ``spec`` names: a path, a mapping, or a list of those, joined in order.
 
     A mapping has ``path`` and may have ``kind`` (else told from what is there), ``prompt`` (for rows without one), ``first`` (only so many
     rows) and the options of its kind. FileNotFoundError for a path that is not there; ValueError for one that no kind takes, saying what
-    was looked for, for an unknown kind or option, and for a corpus without a single usable row, naming the first bad ones.
+    was looked for, for an unknown kind or option, and, unless ``allow_empty``, for a corpus without a single usable row, naming the first
+    bad ones.
     """
     if isinstance(spec, Mapping):
-        return _load_one(dict(spec))
+        return _load_one(dict(spec), allow_empty)
     if isinstance(spec, Sequence) and not isinstance(spec, str):
         if not spec:
             raise ValueError("spec must name at least one corpus, got an empty list")
-        parts = [load(part) for part in spec]
+        parts = [load(part, allow_empty=allow_empty) for part in spec]
         name = ", ".join(part.name for part in parts)
         return parts[0] if len(parts) == 1 else Corpus(Joined(parts), chain.from_iterable(part.problems for part in parts), name)
     if isinstance(spec, str | os.PathLike):
-        return _load_one({"path": spec})
+        return _load_one({"path": spec}, allow_empty)
     raise TypeError(f"spec must be a path, a mapping with 'path', or a list of those, got {type(spec).__name__}")
 
 
@@ -96,7 +97,7 @@ def _kinds() -> dict[str, ModuleType]:
     return {module.__name__.rpartition(".")[2]: module for module in found}
 
 
-def _load_one(spec: dict[str, Any]) -> Corpus:
+def _load_one(spec: dict[str, Any], allow_empty: bool) -> Corpus:
     if "path" not in spec:
         raise ValueError(f"a corpus needs 'path', got only {', '.join(map(repr, spec)) or 'an empty mapping'}")
     path, kind, prompt, first = spec.pop("path"), spec.pop("kind", None), spec.pop("prompt", None), spec.pop("first", None)
@@ -105,7 +106,7 @@ def _load_one(spec: dict[str, Any]) -> Corpus:
     module = _named(kind) if kind is not None else _told(Path(path))
     _check_options(module, spec)
     corpus: Corpus = module.read(path, **spec)
-    if not len(corpus):
+    if not len(corpus) and not allow_empty:
         listed = "".join(f"\n  {problem}" for problem in corpus.problems[:5])
         raise ValueError(f"{path} has no usable row: {len(corpus.problems)} bad ones{listed}")
     if prompt is not None:

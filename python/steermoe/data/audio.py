@@ -40,6 +40,7 @@ CLIPPED_SHARE = 1e-3
 MISSING_SECONDS = 0.1
 # libsndfile's figure for a length that the header leaves open is the largest integer; no file has this many frames.
 UNKNOWN_FRAMES = 1 << 48
+UNKNOWN_BYTES = 0x7FFF_0000
 # Read on either side of a section before resampling, so that the filter meets the same samples as in the whole file.
 MARGIN_SECONDS = 0.05
 # Energy is averaged over this long when looking for a quiet place: longer than a stop consonant's closure, shorter than a pause.
@@ -271,17 +272,20 @@ def _size(source: str | os.PathLike[str] | bytes, name: str) -> int:
 
 
 def _wav_is_cut_off(source: str | os.PathLike[str] | bytes, size: int, kind: str) -> bool:
-    """libsndfile takes what is there of a WAV file without a word. Sizes near 2^31 and 2^32 are what streams write for "unknown"."""
+    """Whether the data chunk declares more than is there: libsndfile takes what is there of a WAV file without a word.
+
+    Sizes near 2^31 and 2^32 are what streams write for "unknown".
+    """
     if kind not in ("WAV", "WAVEX"):
         return False
-    if isinstance(source, bytes):
-        header = source[:8]
-    else:
-        with open(source, "rb") as file:
-            header = file.read(8)
-    declared = struct.unpack("<I" if header[:4] == b"RIFF" else ">I", header[4:8])[0]
-    # One byte of grace: some writers count a padding byte and leave it out.
-    return 0 < declared < 0x7FFF_0000 and declared + 8 > size + 1
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        form = "<4sI" if file.read(12)[:4] == b"RIFF" else ">4sI"
+        while len(header := file.read(8)) == 8:
+            name, length = struct.unpack(form, header)
+            if name == b"data":
+                return 0 < length < UNKNOWN_BYTES and length > size - file.tell()
+            file.seek(length + length % 2, os.SEEK_CUR)
+    return False
 
 
 def _frames(source: AudioSource, file: Any) -> int:

@@ -143,7 +143,7 @@ class _Decoded:
 
     @property
     def where(self) -> str:
-        return self.row.where
+        return self.row.name
 
 
 def check(spec: Specification, *, sampling_rate: int = 16000, max_seconds: float = 30.0, progress: bool = False) -> Report:
@@ -154,7 +154,7 @@ def check(spec: Specification, *, sampling_rate: int = 16000, max_seconds: float
     (by its decoded samples), declared durations that are not the real ones, silent and clipped audio, clips over ``max_seconds`` (they
     will be split). ``progress`` shows a bar on the error stream. Raises as `load` where there is no corpus at all.
     """
-    corpus = load(spec)
+    corpus = load(spec, allow_empty=True)
     # soundfile and hashlib release the interpreter lock while they work.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         results: Iterator[_Decoded] = pool.map(_decode, corpus)
@@ -195,7 +195,7 @@ def _findings(problems: list[Problem], decoded: Sequence[_Decoded], sampling_rat
 
 
 def _decode(row: Example) -> _Decoded:
-    bare = replace(row, audio=b"")
+    bare = replace(row, audio=b"", where=row.name)
     file = os.fspath(row.audio) if isinstance(row.audio, str | os.PathLike) else None
     digest = hashlib.sha256()
     loudness: list[Loudness] = []

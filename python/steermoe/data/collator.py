@@ -51,9 +51,8 @@ class Collator:
 
     def _pieces(self, example: Example) -> list[np.ndarray] | None:
         """The clips of a row, decoded; None, and a line in ``bad_rows``, if it cannot be used."""
-        name = example.where or example.id
         if not (example.text and example.text.strip()):
-            self.bad_rows.error(name, "no text to learn")
+            self.bad_rows.error(example.name, "no text to learn")
             return None
         try:
             sections = split_at_quiet(example.audio, self.processor.max_seconds, example.offset, example.duration)
@@ -62,10 +61,10 @@ class Collator:
                 raise AudioError(f"{seconds:.1f} s of audio, and max_seconds is {self.max_seconds:g}")
             clips = [read_audio(example.audio, self.processor.sampling_rate, begin, end - begin) for begin, end in sections]
         except AudioError as error:
-            self.bad_rows.error(name, str(error))
+            self.bad_rows.error(example.name, str(error))
             return None
         for warning in Loudness.joined(clip.loudness for clip in clips).warnings:
-            self.bad_rows.warn(name, warning)
+            self.bad_rows.warn(example.name, warning)
         return [clip.samples for clip in clips]
 
     def _spare_row(self) -> tuple[Example, list[np.ndarray]]:

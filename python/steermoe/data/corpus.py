@@ -14,7 +14,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from .audio import AudioError, AudioSource, duration_of
+from .audio import AudioError, AudioSource, duration_of, name_of
 
 # How many bad rows a message lists before it only counts.
 LISTED = 5
@@ -39,6 +39,11 @@ class Example:
     answers: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
+
+    @property
+    def name(self) -> str:
+        """How messages call the row: where it stands, else its id, else its audio."""
+        return self.where or self.id or name_of(self.audio)
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,9 @@ class Corpus(Sequence[Example]):
         seconds = self.durations() if max_seconds is not None else None
         for index, row in enumerate(self._rows):
             if not usable(row):
-                problems.append(Problem(row.where, reason))
+                problems.append(Problem(row.name, reason))
             elif seconds is not None and max_seconds is not None and seconds[index] > max_seconds:
-                problems.append(Problem(row.where, f"{seconds[index]:.1f} s, and max_seconds is {max_seconds:g}"))
+                problems.append(Problem(row.name, f"{seconds[index]:.1f} s, and max_seconds is {max_seconds:g}"))
             else:
                 kept.append(index)
         return self.select(kept, problems)
