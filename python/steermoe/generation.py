@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .data.audio import AudioError, AudioSource, Loudness, read_audio
+from .data.audio import AudioSource, Loudness, read_audio
 from .data.bucketing import batches_by_length
 from .data.collator import chat
 from .data.corpus import BadRowLog
@@ -75,8 +76,9 @@ def respond(
     """The responses, longest requests first, as they come.
 
     ``generation`` goes to ``model.generate``; greedy with at most `MAX_NEW_TOKENS` unless it says otherwise. Audio that cannot be decoded
-    is recorded in ``bad_rows`` and gets no response; without ``bad_rows`` it raises AudioError. ``num_workers`` processes decode ahead.
-    ``progress`` is the text beside a progress bar on the error stream, None for no bar. ValueError for a ``batch_size`` below 1.
+    (AudioError) and a prompt that does not fit (ValueError, as `chat`) raise, or with ``bad_rows`` are recorded and get no response.
+    ``num_workers`` processes decode ahead. ``progress`` is the text beside a progress bar on the error stream, None for no bar. ValueError
+    for a ``batch_size`` below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -127,11 +129,13 @@ class _Preparation:
     def __call__(self, requests: Sequence[Request]) -> _Prepared:
         answerable: list[tuple[Request, Loudness, float]] = []
         silent: list[tuple[Request, Loudness, float]] = []
-        samples = []
+        chats: list[list[dict[str, str]]] = []
+        samples: list[np.ndarray] = []
         for request in requests:
             try:
+                messages = chat(request.prompt, len(request.sections))
                 clips = [read_audio(request.audio, self._processor.sampling_rate, begin, end - begin) for begin, end in request.sections]
-            except AudioError as error:
+            except ValueError as error:
                 if self._bad_rows is None:
                     raise
                 self._bad_rows.error(request.where, str(error))
@@ -144,8 +148,8 @@ class _Preparation:
                 silent.append((request, loudness, sum(clip.seconds for clip in clips)))
             else:
                 answerable.append((request, loudness, sum(clip.seconds for clip in clips)))
+                chats.append(messages)
                 samples += [clip.samples for clip in clips]
-        chats = [chat(request.prompt, len(request.sections)) for request, _, _ in answerable]
         inputs = self._processor(messages=chats, audio=samples) if chats else None
         return _Prepared(len(requests), answerable, silent, inputs)
 

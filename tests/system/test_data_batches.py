@@ -130,19 +130,21 @@ def test_a_long_clip_becomes_several_placeholders(tmp_path: Path) -> None:
 
 def test_bad_rows_leave_the_batch_and_are_named_once(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, "one", "two", None, "four")
+    rows.insert(3, Example(rows[0].audio, "x", prompt="<|audio|> or <|audio|>?", where="m:8"))
     (tmp_path / "text.wav").write_text("not audio " * 100)
     rows[1] = Example(str(tmp_path / "text.wav"), "two", where="m:1")
-    log = BadRowLog(tmp_path / "run" / "bad_rows.jsonl", limit=2)
+    log = BadRowLog(tmp_path / "run" / "bad_rows.jsonl", limit=3)
     processor = ToneProcessor()
     collator = Collator(processor, bad_rows=log)
     for _ in range(3):
         collator(rows)
     assert processor.calls[-1]["answers"] == ["one", "four"]
-    assert [problem.where for problem in log.errors] == ["m:1", "m:2"]
+    assert [problem.where for problem in log.errors] == ["m:1", "m:2", "m:8"]
     assert "not audio" in log.errors[0].reason and log.errors[1].reason == "no text to learn"
+    assert "2 <|audio|> placeholders for 1 clips" in log.errors[2].reason
     entries = [json.loads(line) for line in log.path.read_text().splitlines()]
-    assert [entry["severity"] for entry in entries] == ["error", "error"]
-    with pytest.raises(TooManyBadRows, match=r"3 bad rows, and max_bad_rows allows 2(.|\n)*m:1: (.|\n)*m:9: .*does not exist"):
+    assert [entry["severity"] for entry in entries] == ["error"] * 3
+    with pytest.raises(TooManyBadRows, match=r"4 bad rows, and max_bad_rows allows 3(.|\n)*m:1: (.|\n)*m:9: .*does not exist"):
         collator([Example(str(tmp_path / "gone.wav"), "x", where="m:9")])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,9 +18,9 @@ class Collator:
     """``list[Example]`` to the processor's batch with labels: one chat a row, the prompt as user turn, the text as answer.
 
     A clip longer than ``processor.max_seconds`` is split at quiet places and its pieces stand one after the other in the prompt. A row
-    that cannot be used (audio as in `load_audio`, no text, longer than ``max_seconds``) is left out of its batch and recorded in
-    ``bad_rows``, which aborts past its limit; silent and clipped clips are recorded as warnings and used. A batch of which nothing is left
-    takes a row from ``fallback``, the corpus it comes from: in a distributed run every process has to have a batch.
+    that cannot be used (audio as in `load_audio`, no text, longer than ``max_seconds``, a prompt as in `chat`) is left out of its batch
+    and recorded in ``bad_rows``, which aborts past its limit; silent and clipped clips are recorded as warnings and used. A batch of which
+    nothing is left takes a row from ``fallback``, the corpus it comes from: in a distributed run every process has to have a batch.
     """
 
     def __init__(
@@ -37,20 +37,18 @@ class Collator:
         self.bad_rows = BadRowLog() if bad_rows is None else bad_rows
         self.fallback = fallback
         self.max_seconds = max_seconds
-        self._spare: tuple[Example, list[np.ndarray]] | None = None
+        self._spare: _Row | None = None
 
     def __call__(self, examples: Sequence[Example]) -> Any:
-        rows = [(example, pieces) for example in examples if (pieces := self._pieces(example)) is not None]
-        if not rows:
-            rows = [self._spare_row()]
+        rows = [row for example in examples if (row := self._prepare(example)) is not None] or [self._spare_row()]
         return self.processor(
-            messages=[chat(example.prompt or self.prompt, len(pieces)) for example, pieces in rows],
-            audio=[piece for _, pieces in rows for piece in pieces],
-            answers=[example.text for example, _ in rows],
+            messages=[row.messages for row in rows],
+            audio=[clip for row in rows for clip in row.clips],
+            answers=[row.answer for row in rows],
         )
 
-    def _pieces(self, example: Example) -> list[np.ndarray] | None:
-        """The clips of a row, decoded; None, and a line in ``bad_rows``, if it cannot be used."""
+    def _prepare(self, example: Example) -> _Row | None:
+        """What the processor gets of a row; None, and a line in ``bad_rows``, if it cannot be used."""
         if not (example.text and example.text.strip()):
             self.bad_rows.error(example.name, "no text to learn")
             return None
@@ -59,23 +57,27 @@ class Collator:
             seconds = sections[-1][1] - sections[0][0]
             if self.max_seconds is not None and seconds > self.max_seconds:
                 raise AudioError(f"{seconds:.1f} s of audio, and max_seconds is {self.max_seconds:g}")
+            messages = chat(self.prompt if example.prompt is None else example.prompt, len(sections))
             clips = [read_audio(example.audio, self.processor.sampling_rate, begin, end - begin) for begin, end in sections]
-        except AudioError as error:
+        except ValueError as error:
             self.bad_rows.error(example.name, str(error))
             return None
         for warning in Loudness.joined(clip.loudness for clip in clips).warnings:
             self.bad_rows.warn(example.name, warning)
-        return [clip.samples for clip in clips]
+        return _Row(messages, [clip.samples for clip in clips], example.text)
 
-    def _spare_row(self) -> tuple[Example, list[np.ndarray]]:
-        for example in iter(self.fallback if self._spare is None else ()):
-            pieces = self._pieces(example)
-            if pieces is not None:
-                self._spare = example, pieces
-                break
+    def _spare_row(self) -> _Row:
+        if self._spare is None:
+            self._spare = next((row for example in self.fallback if (row := self._prepare(example)) is not None), None)
         if self._spare is None:
             raise ValueError("no row of the batch can be used, and fallback has none that can")
         return self._spare
+
+
+class _Row(NamedTuple):
+    messages: list[dict[str, str]]
+    clips: list[np.ndarray]
+    answer: str
 
 
 def chat(prompt: str, clips: int = 1) -> list[dict[str, str]]:
