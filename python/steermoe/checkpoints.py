@@ -1,0 +1,147 @@
+"""Checkpoint folders that are whole or not there: written aside, sealed, renamed, and checked before they are read.
+
+A checkpoint is a folder ``checkpoint-STEP`` in the run's folder. It is written as ``unfinished-checkpoint-STEP``; `seal` then records every
+file's size and SHA-256 in `SEAL`, forces all of it to the disk, and renames the folder. Whatever happens before the rename, the
+checkpoints that were there are untouched; whatever happens to a file afterwards, `verify` names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+__all__ = ["CheckpointError", "checkpoints_in", "newest_sound", "remove_old", "remove_unfinished", "seal", "staging_folder", "verify"]
+
+SEAL = "checkpoint.json"
+UNFINISHED, REPLACED = "unfinished-", "replaced-"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or is not what was written. The message names the folder or file."""
+
+
+def checkpoints_in(run: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints of a run's folder, oldest step first, sound or not; none where the folder is not there."""
+    folder = Path(run)
+    found = [path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: str | os.PathLike[str]) -> int:
+    """The optimizer step after which a checkpoint was made, by its name. ValueError for a folder that is not named like one."""
+    match = _NAME.fullmatch(Path(checkpoint).name)
+    if match is None:
+        raise ValueError(f"a checkpoint is a folder called checkpoint-STEP, got {checkpoint}")
+    return int(match[1])
+
+
+def staging_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint is written before it is sealed: beside its place, so that the rename is one operation of one file system."""
+    return checkpoint.with_name(UNFINISHED + checkpoint.name)
+
+
+def seal(checkpoint: Path) -> None:
+    """Make the staging folder of ``checkpoint`` that checkpoint, replacing one of the same step. OSError leaves what was there."""
+    staging = staging_folder(checkpoint)
+    files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != SEAL)
+    entries = {str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
+    (staging / SEAL).write_text(json.dumps({"step": step_of(checkpoint), "files": entries}, indent=1), encoding="utf-8")
+    for path in [*files, staging / SEAL, *{path.parent for path in files}, staging]:
+        _to_disk(path)
+    aside = checkpoint.with_name(REPLACED + checkpoint.name)
+    if checkpoint.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(checkpoint, aside)
+    try:
+        os.rename(staging, checkpoint)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, checkpoint)
+        raise
+    _to_disk(checkpoint.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def verify(checkpoint: str | os.PathLike[str]) -> None:
+    """CheckpointError, naming the first file that is missing, cut off or altered, or saying that the folder was never finished."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint at {folder}")
+    try:
+        entries = json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no checkpoint of a training run, or was never finished: it has no {SEAL}") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder / SEAL} is damaged") from None
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{path} has {size} bytes, and {entry['bytes']} were written: it was cut off or changed")
+        if _digest(path) != entry["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is not the recorded one")
+
+
+def newest_sound(run: str | os.PathLike[str]) -> tuple[Path | None, list[CheckpointError]]:
+    """The newest checkpoint that `verify` passes, None if there is none, and what is wrong with every newer one."""
+    problems = []
+    for checkpoint in reversed(checkpoints_in(run)):
+        try:
+            verify(checkpoint)
+        except CheckpointError as error:
+            problems.append(error)
+        else:
+            return checkpoint, problems
+    return None, problems
+
+
+def remove_old(run: Path, limit: int | None, best_step: int | None) -> None:
+    """Keep the newest ``limit`` checkpoints (None: all) and that of ``best_step``, and remove the others."""
+    found = checkpoints_in(run)
+    for checkpoint in found[: max(0, len(found) - limit)] if limit is not None else []:
+        if step_of(checkpoint) != best_step:
+            # Renamed first: a removal that is cut short must not leave something that looks like a checkpoint.
+            doomed = checkpoint.with_name(REPLACED + checkpoint.name)
+            os.rename(checkpoint, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Clear away what a run that was cut off left behind, and put back a checkpoint that was being replaced then."""
+    for path in list(run.iterdir()) if run.is_dir() else []:
+        if path.name.startswith(REPLACED + "checkpoint-"):
+            original = path.with_name(path.name.removeprefix(REPLACED))
+            if not original.exists() and (path / SEAL).exists():
+                try:
+                    verify(path)
+                    os.rename(path, original)
+                    continue
+                except CheckpointError:
+                    pass
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.startswith(UNFINISHED + "checkpoint-"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Flush a file or folder to the disk: a full one must show before the rename, not after."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,480 @@
+"""transformers' Trainer for an aligner between frozen backbones: its rates, losses, scores and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+
+from .checkpoints import CheckpointError, checkpoints_in, remove_old, seal, staging_folder
+from .data import Corpus, LengthBucketSampler
+from .error_rates import UNSPACED_LANGUAGES, language_code, word_errors
+from .evaluation import Evaluation, evaluate, exact_match
+from .router_losses import load_balancing_loss, record_router_logits, router_z_loss
+from .statistics import RouterCounts, append_statistics, drop_statistics_after
+from .training_callbacks import EarlyStopping, Interruption, ProgressBar
+from .training_config import TrainingConfig
+
+__all__ = ["GROUPS", "AlignerTrainer", "parameter_groups"]
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_NAME = "model.safetensors"
+STATISTICS_NAME = "router_statistics.jsonl"
+LOSS_STATE_NAME = "loss_state"
+# The last part of the names of the aligner's parameters, by group.
+GROUPS = {
+    "steering": ("steering_vectors", "layer_scales"),
+    "router": ("router.weight", "router.bias"),
+    "projection": ("prompt_proj.weight", "prompt_proj.bias"),
+}
+
+
+def parameter_groups(aligner: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters of an aligner by group and name: steering (vectors and scales), router, projection."""
+    named = dict(aligner.named_parameters())
+    return {group: {name: named[name] for name in names if name in named} for group, names in GROUPS.items()}
+
+
+def freeze_unlearning(aligner: nn.Module, config: TrainingConfig) -> None:
+    """Take the gradient from groups with a learning rate of 0, and give it to the others."""
+    for group, parameters in parameter_groups(aligner).items():
+        for parameter in parameters.values():
+            parameter.requires_grad_(getattr(config.training, f"{group}_learning_rate") > 0)
+
+
+class AlignerTrainer(Trainer):
+    """Trains ``model.aligner`` as ``config`` says: three rates, the router's losses and statistics, error rates as score.
+
+    ``model`` is a `SteerMoEForConditionalGeneration`, ``collator`` makes its batches. A checkpoint holds the trained weights, the
+    processor, the configuration, and the states of optimizer, schedule, random numbers and loss: a run resumed from it goes on exactly as
+    if it had never stopped.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        config: TrainingConfig,
+        collator: Any,
+        train_corpus: Corpus,
+        eval_corpus: Corpus | None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.config = config
+        self.processor = processor
+        self.train_corpus = train_corpus
+        self.eval_corpus = eval_corpus
+        self.metric, self.greater_is_better = score_of(config, eval_corpus)
+        self.last_evaluation: Evaluation | None = None
+        self.last_save_error: CheckpointError | None = None
+        self._counts = RouterCounts()
+        self._auxiliary: dict[str, Tensor] = {}
+        self._rates: dict[str, float] = {}
+        freeze_unlearning(model.aligner, config)
+        arguments = training_arguments(config, len(train_corpus), self.metric if eval_corpus is not None else None, self.greater_is_better)
+        super().__init__(
+            model=model,
+            args=arguments,
+            data_collator=collator,
+            train_dataset=train_corpus,
+            eval_dataset=eval_corpus,
+            callbacks=[*callbacks],
+        )
+        # The model divides its loss by num_items_in_batch, which counts the labels of all passes and processes of an optimizer step.
+        self.model_accepts_loss_kwargs = True
+        for plain in (PrinterCallback, ProgressCallback):
+            self.remove_callback(plain)
+        self.interruption = Interruption(self._any_process)
+        self.add_callback(self.interruption)
+        self.progress_bar = ProgressBar(self.metric)
+        if config.training.progress:
+            self.add_callback(self.progress_bar)
+        if config.training.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(self.metric, config.training.early_stopping_patience, self.greater_is_better))
+        self.add_callback(_EpochOrder(self))
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.training.output_dir)
+
+    @property
+    def _bare(self) -> Any:
+        """The model without what DDP and the like wrap around it."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _any_process(self, flag: bool) -> bool:
+        if self.args.world_size == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum"))
+
+    # Data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        rows = self.args.per_device_train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        self.sampler = LengthBucketSampler(self.train_corpus.durations(), rows, seed=self.config.training.seed)
+        return self.sampler
+
+    # Optimizer
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over what learns, a group a rate. Biases and scales do not decay."""
+        if self.optimizer is None:
+            groups = []
+            bare = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
+            for group, parameters in parameter_groups(bare.aligner).items():
+                learning = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+                rate, decay = getattr(self.config.training, f"{group}_learning_rate"), self.config.training.weight_decay
+                matrices = [parameter for name, parameter in learning.items() if decay and parameter.ndim > 1]
+                others = [parameter for name, parameter in learning.items() if not decay or parameter.ndim <= 1]
+                for chosen, weight_decay in ((matrices, decay), (others, 0.0)):
+                    if chosen:
+                        groups.append({"params": chosen, "lr": rate, "weight_decay": weight_decay, "name": group})
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, bare)
+            self.optimizer = kind(groups, **settings)
+        return self.optimizer
+
+    def _get_learning_rate(self) -> float:
+        """The first group's rate; called between an optimizer step and the schedule's, where every group's is taken for the log."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        self._rates = {group["name"]: float(group["lr"]) for group in groups}
+        return next(iter(self._rates.values()))
+
+    # Loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Cross entropy over the answers' tokens, plus the weighted router losses: means over layers, passes and processes."""
+        settings = self.config.training
+        routed = settings.load_balancing_weight > 0 or settings.z_loss_weight > 0
+        counted = self._logs_after_this_step()
+        aligner = self._bare.aligner
+        with contextlib.ExitStack() as recording:
+            record = recording.enter_context(record_router_logits(aligner)) if routed else {}
+            loss, outputs = super().compute_loss(
+                model, {**inputs, "output_gates": counted or routed}, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        if routed:
+            logits = [sampled.valid(outputs["frame_mask"]) for sampled in record.values()]
+            balance = torch.stack([load_balancing_loss(layer, aligner.top_k) for layer in logits]).mean()
+            z = torch.stack([router_z_loss(layer) for layer in logits]).mean()
+            weighted = settings.load_balancing_weight * balance + settings.z_loss_weight * z
+            # The cross entropy is a share of the optimizer step's; these are means, to be divided by its number of passes.
+            loss = loss + weighted / self.current_gradient_accumulation_steps
+            self._auxiliary = {"load_balancing_loss": balance.detach(), "z_loss": z.detach()}
+        if counted:
+            self._counts.add(outputs["gates"], outputs["frame_mask"])
+        return (loss, outputs) if return_outputs else loss
+
+    def _logs_after_this_step(self) -> bool:
+        step = self.state.global_step + 1
+        return step % self.args.logging_steps == 0
+
+    # Logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with every group's rate and the router's statistics. FloatingPointError for a loss that is no number any more."""
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower the learning rates or set training.max_grad_norm; "
+                    f"{self._previous()}"
+                )
+            logs.pop("learning_rate", None)
+            logs |= {f"learning_rate_{group}": rate for group, rate in self._rates.items()}
+            logs |= {name: float(value) for name, value in self._auxiliary.items()}
+            self._log_router(logs)
+        self._saving_space(super().log, logs, start_time)
+
+    def _log_router(self, logs: dict[str, float]) -> None:
+        counts = self._counts.statistics(self._bare.aligner.layer_scales, self._sum_over_processes)
+        self._counts.reset()
+        if counts is None:
+            return
+        logs |= counts.summary()
+        if not self.args.should_save:
+            return
+        self._saving_space(append_statistics, self.run / STATISTICS_NAME, self.state.global_step, counts)
+        for callback in self.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None) if isinstance(callback, TensorBoardCallback) else None
+            if writer is not None:
+                for name, value in counts.scalars().items():
+                    self._saving_space(writer.add_scalar, name, value, self.state.global_step)
+
+    def _sum_over_processes(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value
+
+    def _saving_space(self, write: Any, *arguments: Any) -> None:
+        """Write to a log; a disk that has no room for it must not end the run."""
+        try:
+            write(*arguments)
+        except OSError as error:
+            if not getattr(self, "_log_failed", False):
+                self._log_failed = True
+                logger.error("the logs in %s cannot be written from step %d on: %s", self.run, self.state.global_step, error)
+
+    # Scores
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Score the eval corpus by generation, all of it, shared out among the processes."""
+        corpus: Any = self.eval_corpus if eval_dataset is None else eval_dataset
+        data = self.config.data
+        # Sharded backbones generate in step or not at all, so there every process scores everything.
+        shared = self.args.world_size if not self.is_fsdp_enabled else 1
+        mine = corpus[self.args.process_index :: shared] if shared > 1 else corpus
+        self.interruption.may_raise = self.args.world_size == 1
+        try:
+            evaluation = evaluate(
+                self._bare,
+                self.processor,
+                mine,
+                task=data.task,
+                prompt=data.prompt,
+                language=data.language,
+                normalization=data.normalization,
+                batch_size=data.eval_batch_size,
+                num_workers=data.num_workers,
+                max_bad_rows=data.max_bad_rows,
+                max_new_tokens=data.max_new_tokens,
+            )
+        except KeyboardInterrupt:
+            if not self.interruption.may_raise or self.interruption.stopped:
+                raise
+            self.interruption.stop(self.control)
+            return {}
+        finally:
+            self.interruption.may_raise = False
+        if shared > 1:
+            evaluation = self._gathered(evaluation)
+        self.last_evaluation = evaluation
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores(evaluation).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _gathered(self, mine: Evaluation) -> Evaluation:
+        """The evaluation of the whole corpus from those of all processes' shares."""
+        shares: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(shares, mine)
+        hypotheses = [row for share in shares for row in share.hypotheses]
+        data = self.config.data
+        texts = [row.hypothesis for row in hypotheses]
+        errors = match = None
+        if mine.task == "transcription":
+            errors = word_errors([row.reference for row in hypotheses], texts, data.language, normalization=data.normalization)
+        else:
+            answers = [row.answers or (row.reference,) for row in hypotheses]
+            match = exact_match(texts, answers, data.language, normalization=data.normalization)
+        return dataclasses.replace(
+            mine,
+            rows=sum(share.rows for share in shares),
+            hypotheses=hypotheses,
+            problems=[problem for share in shares for problem in share.problems],
+            warnings=[warning for share in shares for warning in share.warnings],
+            errors=errors,
+            match=match,
+            audio_seconds=sum(share.audio_seconds for share in shares),
+            seconds=max(share.seconds for share in shares),
+        )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether this is the best score so far, which is saved at once: it need not fall on a step of ``save_steps``."""
+        if not metrics:
+            return False
+        best = super()._determine_best_metric(metrics, trial)
+        if best:
+            self.control.should_save = True
+        return best
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint aside and put it in place. A failure is told, leaves the previous one, and does not end the run."""
+        checkpoint = self.run / f"checkpoint-{self.state.global_step}"
+        staging = staging_folder(checkpoint)
+        error: Exception | None = None
+        try:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+        except OSError as failure:
+            error = failure
+        if not self._any_process(error is not None):
+            try:
+                self._write_checkpoint(staging)
+            except Exception as failure:
+                error = failure
+        failed = self._any_process(error is not None)
+        if not failed:
+            try:
+                if self.args.should_save:
+                    seal(checkpoint)
+            except OSError as failure:
+                error = failure
+            failed = self._any_process(error is not None)
+        if failed:
+            self._tell_failure(checkpoint, error)
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            return
+        self.last_save_error = None
+        if self.args.should_save:
+            remove_old(self.run, self.args.save_total_limit, self.state.best_global_step)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        broken = [name for name, parameter in self._bare.trained_parameters().items() if not bool(parameter.isfinite().all())]
+        if broken:
+            raise FloatingPointError(f"{', '.join(broken)} hold values that are no numbers any more")
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.args.should_save:
+            stateful: Any = self.state.stateful_callbacks
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    stateful[type(callback).__name__] = callback.state()
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _tell_failure(self, checkpoint: Path, error: Exception | None) -> None:
+        reason = f"{error or 'another process failed'}"
+        self.last_save_error = CheckpointError(f"{checkpoint} could not be saved: {reason}; {self._previous()}")
+        self.last_save_error.__cause__ = error
+        if self.args.should_save:
+            logger.error("%s", self.last_save_error)
+            print(f"error: {self.last_save_error}", file=sys.stderr)
+
+    def _previous(self) -> str:
+        """What is safe, for messages about what is not."""
+        found = checkpoints_in(self.run)
+        return f"{found[-1]} is untouched, resume from there" if found else "there is no earlier checkpoint"
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.run)
+            self._bare.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+            self.config.save(folder / "training_config.yaml")
+
+    def _loss_state(self, folder: str) -> Path:
+        return Path(folder) / f"{LOSS_STATE_NAME}_{self.args.process_index}.pt"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # A checkpoint may fall between two logs: the part of the logged mean that has been summed up goes along.
+        torch.save({"sum": self._tr_loss.cpu(), "from_step": self._globalstep_last_logged}, self._loss_state(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self._loss_state(checkpoint).is_file():
+            state = torch.load(self._loss_state(checkpoint), weights_only=True)
+            self._tr_loss = state["sum"].to(self.args.device)
+            self._globalstep_last_logged = state["from_step"]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load_weights(Path(resume_from_checkpoint))
+
+    def load_weights(self, folder: Path) -> None:
+        """Put the trained weights of a checkpoint into the model. CheckpointError if they are not this model's."""
+        saved = load_file(folder / WEIGHTS_NAME)
+        own = self._bare.trained_parameters()
+        if saved.keys() != own.keys() or any(saved[name].shape != own[name].shape for name in own):
+            raise CheckpointError(f"{folder / WEIGHTS_NAME} does not hold the trained weights of this model")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+
+
+class _EpochOrder(TrainerCallback):
+    """Tells the sampler which epoch begins: of a resumed epoch's loader, which skips batches, no one else reaches it."""
+
+    def __init__(self, trainer: AlignerTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        path = self.trainer.run / STATISTICS_NAME
+        if args.should_save:
+            drop_statistics_after(path, state.global_step)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+
+def score_of(config: TrainingConfig, corpus: Corpus | None) -> tuple[str, bool]:
+    """The score a run is judged by, and whether more of it is better: accuracy for questions, else the language's error rate."""
+    task = config.data.task
+    if task is None and corpus is not None and any(row.answers for row in corpus):
+        task = "question"
+    if task == "question":
+        return "accuracy", True
+    return ("cer" if language_code(config.data.language) in UNSPACED_LANGUAGES else "wer"), False
+
+
+def scores(evaluation: Evaluation) -> dict[str, float]:
+    """The numbers of an evaluation that a log holds."""
+    found: dict[str, float] = {}
+    if evaluation.errors is not None:
+        for name in ("wer", "cer", "raw_wer", "raw_cer"):
+            found[name] = getattr(evaluation.errors, name).rate
+    if evaluation.match is not None:
+        found["accuracy"] = evaluation.match.accuracy
+    found["bad_rows"] = float(len(evaluation.problems))
+    found["real_time_factor"] = evaluation.real_time_factor
+    return found
+
+
+def training_arguments(config: TrainingConfig, rows: int, metric: str | None, greater_is_better: bool) -> TrainingArguments:
+    """transformers' arguments for a configuration and a corpus of so many rows; ``metric`` None: nothing is scored."""
+    settings = config.training
+    arguments = TrainingArguments(
+        output_dir=settings.output_dir,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation_steps,
+        average_tokens_across_devices=True,
+        learning_rate=max(settings.steering_learning_rate, settings.router_learning_rate, settings.projection_learning_rate),
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        logging_steps=settings.logging_steps,
+        # A loss that is no number is an error here, not something to average away.
+        logging_nan_inf_filter=False,
+        eval_strategy="no" if metric is None else "steps",
+        metric_for_best_model=metric,
+        greater_is_better=greater_is_better,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=settings.save_total_limit,
+        report_to=["tensorboard"] if settings.tensorboard else [],
+        disable_tqdm=True,
+        dataloader_num_workers=config.data.num_workers,
+        # Examples, not rows of tensors.
+        remove_unused_columns=False,
+        label_names=["labels"],
+        # Every trained parameter takes part in every pass, and the backbones' buffers never change.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+    )
+    rows_a_step = settings.batch_size * settings.accumulation_steps * arguments.world_size
+    # The last rows of an epoch, if they do not divide among the processes, would be filled up by rows seen already.
+    arguments.dataloader_drop_last = arguments.world_size > 1 and rows >= rows_a_step
+    arguments.eval_steps = settings.eval_steps or max(1, math.ceil(rows / rows_a_step))
+    return arguments

@@ -1,0 +1,271 @@
+"""Training an aligner between frozen backbones: `train`, from a configuration to checkpoints and a score."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+
+from .checkpoints import CheckpointError, checkpoints_in, newest_sound, remove_unfinished, verify
+from .data import BadRowLog, Collator, Corpus, Problem, load
+from .evaluation import Evaluation
+from .model import SteerMoEForConditionalGeneration
+from .processor import SteerMoEProcessor
+from .trainer import LOSS_STATE_NAME, AlignerTrainer
+from .training_config import ModelConfig, TrainingConfig, load_config
+
+__all__ = ["TrainingResult", "build", "train"]
+
+logger = logging.getLogger(__name__)
+
+BAD_ROWS_NAME = "bad_rows.jsonl"
+CONFIG_NAME = "training_config.yaml"
+# What a resumed run may do otherwise than the run that made the checkpoint: nothing that the loss depends on.
+RESUMABLE = frozenset(
+    {
+        "training.output_dir",
+        "training.logging_steps",
+        "training.eval_steps",
+        "training.save_steps",
+        "training.save_total_limit",
+        "training.early_stopping_patience",
+        "training.tensorboard",
+        "training.progress",
+        "model.backend",
+        "data.eval",
+        "data.max_bad_rows",
+        "data.num_workers",
+        "data.eval_batch_size",
+        "data.max_new_tokens",
+        "data.normalization",
+    }
+)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run came to.
+
+    ``model`` has the weights of ``checkpoint``: the best by score if there were scores, else the last. ``last_checkpoint`` is where an
+    ``interrupted`` run goes on. ``metric`` ("wer", "cer" or "accuracy") and ``best_score`` are None without an eval corpus; ``evaluation``
+    is the latest one. ``history`` is the log: dicts with ``step``, and ``loss`` or ``eval_wer`` and so on. ``bad_rows`` were met and left
+    out; ``warnings`` were used and look wrong.
+    """
+
+    model: Any
+    processor: Any
+    steps: int
+    checkpoint: Path
+    last_checkpoint: Path
+    interrupted: bool
+    metric: str | None
+    best_score: float | None
+    evaluation: Evaluation | None
+    history: list[dict[str, float]]
+    bad_rows: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, mean loss since the log before) in order."""
+        return [(int(entry["step"]), entry["loss"]) for entry in self.history if "loss" in entry]
+
+
+def train(
+    config: TrainingConfig | str | os.PathLike[str],
+    *,
+    resume: bool | str | os.PathLike[str] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    model: Any = None,
+    processor: Any = None,
+) -> TrainingResult:
+    """Train an aligner as ``config`` says, a `TrainingConfig` or what `load_config` takes.
+
+    ``resume`` goes on from a checkpoint exactly as if the run had never stopped: a folder, or True for the newest sound one in
+    ``training.output_dir``. ``callbacks`` are transformers'. ``model`` and ``processor``, both or neither, are used in place of those that
+    ``config.model`` describes. Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint.
+
+    FileExistsError for an output_dir that holds a run's checkpoints already, without ``resume``; CheckpointError for a checkpoint that is
+    damaged (named), made under other settings, or could not be written in the end; ValueError and TooManyBadRows as in `data.load`.
+    """
+    if not isinstance(config, TrainingConfig):
+        config = load_config(config)
+    if (model is None) != (processor is None):
+        raise ValueError("model and processor must be given together or not at all")
+    run = Path(config.training.output_dir)
+    checkpoint = _checkpoint_to_resume(run, resume)
+    if checkpoint is None and checkpoints_in(run):
+        raise FileExistsError(
+            f"training.output_dir {run} holds {checkpoints_in(run)[-1].name} of an earlier run: resume that, or choose another folder"
+        )
+    state = PartialState()
+    if checkpoint is not None:
+        _check_resumable(config, checkpoint, state.num_processes)
+    train_corpus, eval_corpus, log = _corpora(config, fresh=checkpoint is None)
+    if model is None:
+        model, processor = build(config.model, seed=config.training.seed)
+    run.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        remove_unfinished(run)
+        config.save(run / CONFIG_NAME)
+    state.wait_for_everyone()
+    data = config.data
+    collator = Collator(processor, prompt=data.prompt, bad_rows=log, fallback=train_corpus, max_seconds=data.max_seconds)
+    trainer = AlignerTrainer(model, processor, config, collator, train_corpus, eval_corpus, callbacks)
+    try:
+        with trainer.interruption.listening():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        trainer.progress_bar.stop()
+    bad_rows = [*train_corpus.problems, *log.errors]
+    if state.is_main_process:
+        _report(config, trainer, bad_rows, log.warnings)
+    if trainer.last_save_error is not None:
+        raise trainer.last_save_error
+    return _result(config, trainer, bad_rows, log.warnings)
+
+
+def build(config: ModelConfig, *, seed: int = 0) -> tuple[Any, Any]:
+    """A model with a new aligner, drawn from ``seed``, and its processor, as ``config`` describes them. Errors are those of loading."""
+    audio_model, text_model = _shipped(config.audio_model, "encoder"), _shipped(config.text_model, "language_model")
+    torch.manual_seed(seed)
+    model = SteerMoEForConditionalGeneration.from_backbones(
+        audio_model,
+        text_model,
+        audio_revision=config.audio_revision,
+        text_revision=config.text_revision,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        renormalize=config.renormalize,
+        steering_scale=config.steering_scale,
+        pool=config.pool,
+        pool_size=config.pool_size,
+        backend=config.backend,
+        audio_padding=config.audio_padding,
+        dtype=getattr(torch, config.dtype),
+    )
+    processor = SteerMoEProcessor.from_backbones(
+        audio_model,
+        text_model,
+        audio_revision=config.audio_revision,
+        text_revision=config.text_revision,
+        pool_size=config.pool_size,
+        audio_padding=config.audio_padding,
+    )
+    return model, processor
+
+
+def _shipped(name: str, which: str) -> str:
+    if name != "shipped":
+        return name
+    from . import backbones
+
+    return str(backbones.encoder_path() if which == "encoder" else backbones.language_model_path())
+
+
+def _checkpoint_to_resume(run: Path, resume: bool | str | os.PathLike[str] | None) -> Path | None:
+    """The checkpoint to go on from, verified; a damaged newest one gives way to the one before only where none was named."""
+    if resume is None or resume is False:
+        return None
+    if resume is not True:
+        verify(resume)
+        return Path(resume)
+    remove_unfinished(run)
+    checkpoint, problems = newest_sound(run)
+    for problem in problems:
+        logger.warning("passed over: %s", problem)
+    if checkpoint is None:
+        listed = "".join(f"\n  {problem}" for problem in problems)
+        raise CheckpointError(f"there is no sound checkpoint in {run} to resume{listed}")
+    return checkpoint
+
+
+def _check_resumable(config: TrainingConfig, checkpoint: Path, processes: int) -> None:
+    saved = load_config(checkpoint / CONFIG_NAME)
+    changed = {key: values for key, values in config.differences(saved).items() if key not in RESUMABLE}
+    if changed:
+        listed = "".join(f"\n  {key}: {theirs!r} then, {mine!r} now" for key, (mine, theirs) in changed.items())
+        raise CheckpointError(f"{checkpoint} was made under other settings, and would not go on as the run it is of:{listed}")
+    made_by = len(list(checkpoint.glob(f"{LOSS_STATE_NAME}_*.pt")))
+    if made_by != processes:
+        raise CheckpointError(f"{checkpoint} was made by {made_by} processes, and this run has {processes}: start as many")
+
+
+def _corpora(config: TrainingConfig, *, fresh: bool) -> tuple[Corpus, Corpus | None, BadRowLog]:
+    data = config.data
+    train_corpus = load(data.train).for_training(data.max_seconds)
+    train_corpus.check_limit(data.max_bad_rows)
+    if not len(train_corpus):
+        listed = "".join(f"\n  {problem}" for problem in train_corpus.problems[:5])
+        raise ValueError(f"data.train has no row to learn from: {len(train_corpus.problems)} bad ones{listed}")
+    eval_corpus = None if data.eval is None else load(data.eval)
+    path = Path(config.training.output_dir) / BAD_ROWS_NAME
+    state = PartialState()
+    if fresh and state.is_main_process:
+        path.unlink(missing_ok=True)
+    state.wait_for_everyone()
+    # Rows that loading left out count towards the limit as those do that turn out bad when they are decoded.
+    return train_corpus, eval_corpus, BadRowLog(path, limit=data.max_bad_rows - len(train_corpus.problems))
+
+
+def _result(config: TrainingConfig, trainer: AlignerTrainer, bad_rows: list[Problem], warnings: list[Problem]) -> TrainingResult:
+    run, state = trainer.run, trainer.state
+    last = run / f"checkpoint-{state.global_step}"
+    best = run / f"checkpoint-{state.best_global_step}" if state.best_global_step else last
+    if best != last and not trainer.interruption.stopped:
+        trainer.load_weights(best)
+    scored = trainer.eval_corpus is not None
+    return TrainingResult(
+        model=trainer._bare,
+        processor=trainer.processor,
+        steps=state.global_step,
+        checkpoint=last if trainer.interruption.stopped else best,
+        last_checkpoint=last,
+        interrupted=trainer.interruption.stopped,
+        metric=trainer.metric if scored else None,
+        best_score=state.best_metric if scored else None,
+        evaluation=trainer.last_evaluation,
+        history=list(state.log_history),
+        bad_rows=bad_rows,
+        warnings=warnings,
+    )
+
+
+def _report(config: TrainingConfig, trainer: AlignerTrainer, bad_rows: list[Problem], warnings: list[Problem]) -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    run, state = trainer.run, trainer.state
+    for what, problems in (("left out", bad_rows), ("used, but look wrong", warnings)):
+        if problems:
+            shown = "\n".join(f"  {problem}" for problem in problems[:5])
+            more = f"\n  and {len(problems) - 5} more, in {run / BAD_ROWS_NAME}" if len(problems) > 5 else ""
+            console.print(f"{len(problems)} rows were {what}:\n{shown}{more}", markup=False)
+    if trainer.last_save_error is not None:
+        return
+    last = f"checkpoint-{state.global_step}"
+    if trainer.interruption.stopped:
+        console.print(
+            f"stopped after step {state.global_step} of {state.max_steps}, saved in {run / last}\n"
+            f"go on with: steermoe train {run / CONFIG_NAME} --resume",
+            markup=False,
+        )
+    elif state.best_global_step:
+        console.print(
+            f"best {trainer.metric} {state.best_metric:.2%} after step {state.best_global_step}, "
+            f"in {run / f'checkpoint-{state.best_global_step}'}",
+            markup=False,
+        )
+
+
+def history_of(checkpoint: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The log of a run up to a checkpoint: dicts with ``step``, and ``loss`` or ``eval_wer`` and so on."""
+    return list(TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).log_history)
