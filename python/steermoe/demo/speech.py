@@ -166,6 +166,9 @@ class _Espeak:
         self.rate = self.library.espeak_Initialize(_SYNCHRONOUS, 0, data, _PHONEME_EVENTS | _NO_EXIT)
         if self.rate <= 0:
             raise RuntimeError(f"espeak-ng did not start with its data in {data.decode()}")
+        # It has just seeded itself by the clock; a part of its noise comes from the C library's generator.
+        self.library.espeak_ng_SetRandSeed(ctypes.c_long(1))
+        _libc.srand(1)
         self.samples: list[np.ndarray] = []
         self.phonemes: list[tuple[str, int]] = []
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
@@ -183,7 +186,7 @@ class _Espeak:
 
     def close(self) -> None:
         self.library.espeak_Terminate()
-        _dlclose(self.library._handle)
+        _libc.dlclose(self.library._handle)
 
     def _receive(self, samples: Any, count: int, events: Any) -> int:
         if samples and count > 0:
@@ -196,8 +199,8 @@ class _Espeak:
         return 0
 
 
-_dlclose = ctypes.CDLL(None).dlclose
-_dlclose.argtypes = (ctypes.c_void_p,)
+_libc = ctypes.CDLL(None)
+_libc.dlclose.argtypes = (ctypes.c_void_p,)
 
 
 def _speak(text: str, voice: Voice) -> tuple[np.ndarray, int, list[tuple[str, int]]]:
