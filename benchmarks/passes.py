@@ -123,10 +123,10 @@ def prepared(case: Case) -> Pass:
 class Pass:
     """The tensors of a case, and what each variant does with them. Everything requires a gradient except the frozen norm's weights."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, seed: int = 0) -> None:
         self.case = case
         self.layer = case.num_layers // 2
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(DEVICE, case.dtype)
