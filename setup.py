@@ -6,6 +6,7 @@ nvcc an error and 0 skips CUDA; STEERMOE_CUDA_ARCHS overrides the architectures.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -50,11 +51,17 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         check_compiler()
         super().run()
+        # Python started in this folder finds the sources before the installed package: they get the modules, too.
+        for module in self.get_outputs():
+            with contextlib.suppress(OSError):  # built here already, or a folder that may not be written to
+                shutil.copy2(module, ROOT / "steermoe_kernels")
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        # An earlier build remembers the CMake, Ninja and pybind11 of its own isolated environment, which is gone.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
             "cmake",
             "-S",

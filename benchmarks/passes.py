@@ -123,10 +123,10 @@ def prepared(case: Case) -> Pass:
 class Pass:
     """The tensors of a case, and what each variant does with them. Everything requires a gradient except the frozen norm's weights."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, seed: int = 0) -> None:
         self.case = case
         self.layer = case.num_layers // 2
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(DEVICE, case.dtype)
@@ -156,11 +156,16 @@ class Pass:
         self.incoming = [[normal(*stream) for _ in names] for _ in range(copies)]
 
     def function(self, variant: str) -> Formula:
-        """The variant as a function of the stream, (B, T, D) or two of them, with its parameters in place."""
+        """The variant as a function of the stream, (B, T, D) or two of them, with its parameters in place.
+
+        One of `VARIANTS`, or a backend's name for the fused operators on that backend.
+        """
         if variant == "public":
             return partial(_public, self)
-        run = self._compiled if variant == "compiled" else {"eager": _eager, "ours": _ours}[variant]
-        return partial(run, self.case.norm, self.case.top_k, self.slices, self.norm)
+        if variant in ("eager", "compiled"):
+            run = _eager if variant == "eager" else self._compiled
+            return partial(run, self.case.norm, self.case.top_k, self.slices, self.norm)
+        return partial(_fused, "auto" if variant == "ours" else variant, self.case.norm, self.case.top_k, self.slices, self.norm)
 
     @cached_property
     def _compiled(self) -> Formula:
@@ -242,8 +247,10 @@ def _eager(norm: bool, top_k: int | None, slices: list[Tensor], weights: list[Te
     return function(*stream, *slices, *weights, top_k=top_k)
 
 
-def _ours(norm: bool, top_k: int | None, slices: list[Tensor], weights: list[Tensor], *stream: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+def _fused(
+    backend: str, norm: bool, top_k: int | None, slices: list[Tensor], weights: list[Tensor], *stream: Tensor
+) -> Tensor | tuple[Tensor, Tensor]:
     if not norm:
-        return SF.steer(*stream, *slices, top_k=top_k)[0]
+        return SF.steer(*stream, *slices, top_k=top_k, backend=backend)[0]
     x, residual = stream
-    return SF.steer_norm(x, *slices, *weights, residual=residual, top_k=top_k)[:2]
+    return SF.steer_norm(x, *slices, *weights, residual=residual, top_k=top_k, backend=backend)[:2]

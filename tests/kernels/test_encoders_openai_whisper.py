@@ -18,6 +18,7 @@ from steermoe_kernels import functional as SF
 model = pytest.importorskip("whisper.model")
 
 BINS, POSITIONS, WIDTH, LAYERS, EXPERTS = 6, 20, 30, 3, 5
+DRAWS = 16  # one draw's error, of a gradient of few numbers above all, is a matter of luck: two right ways differ by factors of 3
 
 
 def plain_encoder(layers: int = LAYERS) -> nn.Module:
@@ -68,7 +69,7 @@ def test_outputs_and_every_gradient(options: dict[str, Any], frames: int, backen
 
     def draws(encoder: nn.Module, dtype: torch.dtype) -> Results:
         encoder.to(device)
-        return stack(differentiate(encoder, draw_input(frames, seed).to(device, dtype), run) for seed in range(4))
+        return stack(differentiate(encoder, draw_input(frames, seed).to(device, dtype), run) for seed in range(DRAWS))
 
     assert_as_accurate(draws(ours, torch.float32), draws(plain, torch.float32), draws(exact, torch.float64), torch.float32)
 
@@ -79,7 +80,7 @@ def test_half_precision_mel_under_float32_weights(dtype: torch.dtype) -> None:
     encoder = plain_encoder()
 
     def draws(encoder: nn.Module, dtype: torch.dtype) -> Results:
-        return stack(differentiate(encoder, draw_input(seed=seed).to(dtype), run) for seed in range(6))
+        return stack(differentiate(encoder, draw_input(seed=seed).to(dtype), run) for seed in range(DRAWS))
 
     ours, plain = draws(steered(encoder, torch.float32), dtype), draws(oracle(encoder, torch.float32), dtype)
     assert ours["last"].dtype == dtype

@@ -18,6 +18,7 @@ from steermoe_kernels import functional as SF
 whisper = pytest.importorskip("transformers.models.whisper.modeling_whisper")
 
 BINS, POSITIONS, WIDTH, LAYERS, EXPERTS = 6, 20, 30, 3, 5
+DRAWS = 16  # one draw's error, of a gradient of few numbers above all, is a matter of luck: two right ways differ by factors of 3
 
 
 def plain_encoder(**changes: Any) -> nn.Module:
@@ -79,7 +80,7 @@ def test_outputs_and_every_gradient(options: dict[str, Any], backend: str, devic
 
     def draws(encoder: nn.Module, dtype: torch.dtype) -> Results:
         encoder.to(device)
-        return stack(differentiate(encoder, draw_input(seed=seed).to(device, dtype), last) for seed in range(4))
+        return stack(differentiate(encoder, draw_input(seed=seed).to(device, dtype), last) for seed in range(DRAWS))
 
     assert_as_accurate(draws(ours, torch.float32), draws(plain, torch.float32), draws(exact, torch.float64), torch.float32)
 
@@ -93,7 +94,7 @@ def test_half_precision_stream_under_float32_parameters(dtype: torch.dtype) -> N
     ours = steer_encoder(copy.deepcopy(encoder).to(dtype), fused_aligner(aligner, torch.float32))
 
     def draws(encoder: nn.Module, dtype: torch.dtype) -> Results:
-        return stack(differentiate(encoder, draw_input(seed=seed).to(dtype), last) for seed in range(6))
+        return stack(differentiate(encoder, draw_input(seed=seed).to(dtype), last) for seed in range(DRAWS))
 
     results = draws(ours, dtype)
     assert results["last"].dtype == dtype
@@ -112,7 +113,7 @@ def test_autocast() -> None:
     ours, plain = pair(encoder, torch.float32)
 
     def draws(encoder: nn.Module, dtype: torch.dtype) -> Results:
-        return stack(differentiate(encoder, draw_input(seed=seed).to(dtype), run) for seed in range(4))
+        return stack(differentiate(encoder, draw_input(seed=seed).to(dtype), run) for seed in range(DRAWS))
 
     results, oracles = draws(ours, torch.float32), draws(plain, torch.float32)
     assert results["last"].dtype == oracles["last"].dtype

@@ -241,6 +241,7 @@ class Model(nn.Module):
 
 
 VERSIONS = [SingleRouterWhisper, EarlyWhisper, MultiRouterWhisper, SharedRouterWhisper, Conformer, SingleAligner, WithAligner, Model]
+DRAWS = 16  # one draw's error, of a gradient of few numbers above all, is a matter of luck
 WIDTH, LAYERS, EXPERTS = 12, 3, 4
 
 
@@ -297,7 +298,7 @@ def test_outputs_gates_and_every_gradient(version: Any, width: int, experts: int
 
     def draws(model: nn.Module, dtype: torch.dtype) -> Results:
         model.to(device)
-        return stack(differentiate(model, draw(width, frames, seed=seed).to(device, dtype)) for seed in range(4))
+        return stack(differentiate(model, draw(width, frames, seed=seed).to(device, dtype)) for seed in range(DRAWS))
 
     assert_as_accurate(draws(ours, torch.float32), draws(public, torch.float32), draws(exact, torch.float64), torch.float32)
 
@@ -310,7 +311,7 @@ def test_half_precision(version: Any, dtype: torch.dtype) -> None:
     ours = patch_steermoe(copy.deepcopy(public))
 
     def draws(model: nn.Module, dtype: torch.dtype) -> Results:
-        return stack(differentiate(model, draw(seed=seed).to(torch.bfloat16).to(dtype)) for seed in range(6))
+        return stack(differentiate(model, draw(seed=seed).to(torch.bfloat16).to(dtype)) for seed in range(DRAWS))
 
     results, publics = draws(ours, dtype), draws(public, dtype)
     assert {name: value.dtype for name, value in results.items()} == {name: value.dtype for name, value in publics.items()}

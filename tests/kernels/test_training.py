@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from closeness import assert_as_accurate
+from closeness import relative_error
 from problems import Problem, call, device_for, dtypes_of, formula, interpreted
 from torch import Tensor
 
@@ -17,13 +17,13 @@ from steermoe_kernels import functional as SF
 WIDTH, EXPERTS, LAYERS, OUT, STEPS = 24, 4, 2, 8, 50
 
 
-def _losses(way: str, given: torch.dtype, device: torch.device, frames: int, top_k: int | None, renormalize: bool) -> Tensor:
+def _losses(way: str, given: torch.dtype, device: torch.device, frames: int, top_k: int | None, renormalize: bool, seed: int) -> Tensor:
     """A frozen random encoder of two layers, steered, pooled and projected, learns to tell the frames' targets.
 
     ``way``: "exact" is the reference in float64 throughout; "plain" the plain formula, or else a backend's name, with a stream in
     ``given`` and float32 parameters.
     """
-    exact, generator = way == "exact", torch.Generator().manual_seed(0)
+    exact, generator = way == "exact", torch.Generator().manual_seed(seed)
     problem = Problem(top_k=top_k, renormalize=renormalize, num_experts=EXPERTS, norm="layer", residual=True)
     steps = [problem] * (LAYERS - 1) + [replace(problem, pool="mean", pool_size=2)]
     settings = {"top_k": top_k, "renormalize": renormalize}
@@ -32,7 +32,7 @@ def _losses(way: str, given: torch.dtype, device: torch.device, frames: int, top
         drawn = torch.randn(shape, generator=generator).to(device, given)
         return drawn.double() if exact else drawn
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     aligner = FusedSteerMoE(WIDTH, EXPERTS, LAYERS, steering_scale=1.0, output_dim=OUT).to(device, torch.float64 if exact else None)
     mixes = [frozen(WIDTH, WIDTH) / WIDTH**0.5 for _ in range(LAYERS)]
     clips, targets = frozen(2, frames, WIDTH), frozen(2, -(-frames // 2), OUT)
@@ -78,7 +78,13 @@ def _runs() -> list:
 @pytest.mark.parametrize("backend, dtype, top_k, renormalize", _runs())
 def test_fifty_steps(backend: str, device: torch.device, dtype: torch.dtype, top_k: int | None, renormalize: bool) -> None:
     frames = 4 if interpreted(backend) else 20
-    exact, plain, fused = (_losses(way, dtype, device, frames, top_k, renormalize) for way in ("exact", "plain", backend))
-    assert exact[-1] < 0.1 * exact[0], "little was learnt"
-    curve = "loss over float64's"  # so that late losses count as much as early ones
-    assert_as_accurate({curve: fused / exact}, {curve: plain / exact}, {curve: exact / exact}, dtype)
+    ways = ("exact", "plain", backend)
+    errors = []
+    for seed in range(3 if interpreted(backend) else 11):
+        exact, plain, fused = (_losses(way, dtype, device, frames, top_k, renormalize, seed) for way in ways)
+        assert exact[-1] < 0.1 * exact[0], "little was learnt"
+        # Over float64's, so that late losses count as much as early ones.
+        errors.append([relative_error(curve / exact, exact / exact) for curve in (plain, fused)])
+    # How far rounding carries one run away is luck, and its tail is long: the medians are what a way of computing is answerable for.
+    usual, ours = torch.tensor(errors).median(0).values.tolist()
+    assert ours <= max(2 * usual, torch.finfo(dtype).eps), f"error {ours:.3g}, plain PyTorch's {usual:.3g}"

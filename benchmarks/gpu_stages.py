@@ -1,0 +1,331 @@
+"""The stages of `gpu_check.py`, one generator each: they yield ``(key, result)`` as results come, so that a cut-off run keeps what it has.
+
+A stage runs in a process of its own: a kernel that takes the device down takes one stage down with it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+__all__ = ["STAGES", "Settings", "Stage"]
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``rehearse``: everything on whatever device there is, at sizes that take seconds; its numbers mean nothing.
+
+    ``cases``: frames, experts and top_k of further passes for the op stage, which take precedence over its own.
+    """
+
+    out: Path
+    seed: int = 0
+    rehearse: bool = False
+    cases: tuple[tuple[int, int, int | None], ...] = ()
+
+    @property
+    def site(self) -> Path:
+        """Where the build stage installs the package, and every later stage imports it from."""
+        return self.out / "site"
+
+
+Results = Iterator[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What to run, and the seconds after which it is cut off."""
+
+    run: Callable[[Settings], Results]
+    limit: float
+
+
+# --- building and looking around ----------------------------------------------------------------------------------------------------------
+
+
+def build(settings: Settings) -> Results:
+    """Install this checkout as it stands, with the torch, CMake and pybind11 that are there already."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        "--upgrade",
+        "--target",
+        str(settings.site),
+        str(ROOT),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the package does not build: {(done.stdout + done.stderr)[-3000:]}")
+    yield "installed", sorted(path.name for path in (settings.site / "steermoe_kernels").glob("*.so"))
+
+
+def environment(settings: Settings) -> Results:
+    """The machine, the versions, and which backends can run."""
+    import torch
+    from machine import describe
+
+    yield "machine", describe({"system": platform.system(), "python_version": platform.python_version()})
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        yield (
+            "gpu",
+            {
+                "name": properties.name,
+                "compute_capability": f"{properties.major}.{properties.minor}",
+                "multiprocessors": properties.multi_processor_count,
+                "memory_bytes": properties.total_memory,
+                "cuda": torch.version.cuda,
+            },
+        )
+    if shutil.which("nvidia-smi"):
+        query = "driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
+        done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
+        yield "nvidia-smi", dict(zip(query.split(","), (field.strip() for field in done.stdout.split(",")), strict=False))
+
+
+def device(settings: Settings) -> Results:
+    """The device's own limits: copies as large as the streams and larger, and matrix products."""
+    import torch
+    from machine import DEVICE
+    from timing import interleave
+
+    sizes = {"N1500": 1500 * 1280 * 2, "N6000": 6000 * 1280 * 2, "N24000": 24000 * 1280 * 2, "1GB": 2**30}
+    if settings.rehearse:
+        sizes = {"N1500": sizes["N1500"]}
+    for name, size in sizes.items():
+        copies = 2 if settings.rehearse else max(2, min(32, 2**28 // size))  # more than fit into a cache, in rotation
+        sources = [torch.randint(0, 255, (size,), dtype=torch.uint8, device=DEVICE) for _ in range(copies)]
+        targets = [torch.empty_like(source) for source in sources]
+        thunks = [lambda s=source, t=target: t.copy_(s) for source, target in zip(sources, targets, strict=True)]
+        seconds = interleave({"copy": lambda thunks=thunks: thunks}, DEVICE, 0.3, 5)["copy"]
+        yield f"copy {name}", {"bytes_per_s": 2 * size / statistics.median(seconds)}
+        del sources, targets, thunks
+    edge = 512 if settings.rehearse else 8192
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        left, right = (torch.randn(edge, edge, device=DEVICE).to(dtype) for _ in range(2))
+        seconds = interleave({"product": lambda left=left, right=right: [lambda: left @ right]}, DEVICE, 0.3, 3)["product"]
+        yield f"product {str(dtype)[6:]}", {"flop_per_s": 2 * edge**3 / statistics.median(seconds)}
+
+
+# --- is it right --------------------------------------------------------------------------------------------------------------------------
+
+
+def fused_backends(dtype: Any) -> list[str]:
+    """The compiled backends that take a stream of ``dtype`` on the device that is measured."""
+    from machine import DEVICE
+
+    from steermoe_kernels import available_backends
+    from steermoe_kernels.backends import get_backend
+
+    return [name for name in available_backends() if name != "reference" and get_backend(name).rejects(DEVICE, dtype) is None]
+
+
+def tests(settings: Settings) -> Results:
+    """The kernels' tests of every fused backend, one process a backend and dtype, all at once."""
+    import torch
+
+    folder = ROOT / "tests" / "kernels"
+    others = [folder / f"test_{name}.py" for name in ("determinism", "routing", "memory", "bad_input", "composability")]
+    jobs: dict[str, list[str]] = {}
+    for backend in fused_backends(torch.float32):
+        for dtype in ("float32", "bfloat16", "float16"):
+            only = f"{backend}-{dtype}" + (" and 1x7x33 and E8" if settings.rehearse else "")
+            jobs[f"{backend} {dtype}"] = [str(folder / "test_accuracy.py"), "-k", only]
+        jobs[f"{backend} sizes"] = [
+            str(folder / "test_accuracy.py"),
+            "-k",
+            f"{backend} and every_size" + (" and frames" if settings.rehearse else ""),
+        ]
+        files = others[:1] if settings.rehearse else others
+        jobs[f"{backend} others"] = [*map(str, files), "-k", backend]
+    started = {name: _start_pytest(settings, name, arguments) for name, arguments in jobs.items()}
+    for name, process in started.items():
+        output, _ = process.communicate()
+        yield name, _outcome(settings.out / f"tests-{name.replace(' ', '-')}.xml", process.returncode, output)
+
+
+def _start_pytest(settings: Settings, name: str, arguments: list[str]) -> subprocess.Popen:
+    report = settings.out / f"tests-{name.replace(' ', '-')}.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
+    return subprocess.Popen(
+        [*command, f"--junitxml={report}", *arguments],
+        cwd=settings.out,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _outcome(report: Path, code: int, output: str) -> dict[str, Any]:
+    """How many tests passed, and what the first failures said."""
+    if not report.exists():
+        return {"passed": 0, "failed": 0, "exit": code, "output": output[-2000:]}
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    faults = [(case, fault) for case in cases for fault in (*case.findall("failure"), *case.findall("error"))]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    messages = [f"{case.get('name')}: {(fault.get('message') or '')[:400]}" for case, fault in faults[:20]]
+    return {"passed": len(cases) - len(faults) - skipped, "failed": len(faults), "skipped": skipped, "exit": code, "failures": messages}
+
+
+def sanitizer(settings: Settings) -> Results:
+    """compute-sanitizer's memory and race checks over a few problems of every fused backend, where it is installed."""
+    import torch
+
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        yield "skipped", "compute-sanitizer is not installed"
+        return
+    target = str(ROOT / "tests" / "kernels" / "test_accuracy.py")
+    for backend in fused_backends(torch.float32):
+        for check in ("memcheck", "racecheck"):
+            command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+            command += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", target, "-k", f"{backend}-float32 and 3x5x33"]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=settings.out)
+            summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or " passed" in line or " failed" in line]
+            yield f"{backend} {check}", {"exit": done.returncode, "summary": summary}
+
+
+# --- is it fast ---------------------------------------------------------------------------------------------------------------------------
+
+
+def op(settings: Settings) -> Results:
+    """One layer's pass: every formula and fused backend, taking turns, in the order in which a cut-off run would miss them least."""
+    import torch
+    from machine import DEVICE
+    from passes import DIRECTIONS, Case, Pass, suitable
+    from timing import interleave
+
+    large = Case("large-v3", dtype=torch.bfloat16)
+    if settings.rehearse:
+        cases = [Case("tiny", frames=60), Case("tiny", frames=60, norm=True)]
+    else:
+        sizes = [(16, 8, None), (1, 8, None), (16, 64, None), (4, 8, None), (16, 16, None), (16, 8, 2), (1, 64, None), (4, 64, None)]
+        sizes += [(1, 16, None), (4, 16, None), (1, 8, 2)]
+        cases = [
+            replace(large, frames=1500 * batch, num_experts=experts, top_k=top_k, norm=norm)
+            for batch, experts, top_k in sizes
+            for norm in (False, True)
+        ]
+        cases += [replace(large, frames=50, norm=norm) for norm in (False, True)]
+        cases += [Case("large-v3", frames=24000, norm=norm) for norm in (False, True)]
+    own = [
+        replace(large, frames=frames, num_experts=experts, top_k=top_k, norm=norm)
+        for frames, experts, top_k in settings.cases
+        for norm in (False, True)
+    ]
+    cases = own + cases
+    for case in cases:
+        formulas = ["public", "eager"]
+        # Each shape compiles for some seconds: the two ends of the range are enough of it.
+        if not settings.rehearse and case.num_experts == 8 and case.frames in (1500, 24000) and case.top_k is None:
+            formulas.append("compiled")
+        variants = [*suitable(case, formulas), *fused_backends(case.dtype)]
+        work = Pass(case, settings.seed)
+        faults = work.faults(variants)
+        right = [name for name in variants if faults[name] is None]
+        for direction in DIRECTIONS:
+            preparations = {name: work.preparation(name, direction) for name in right}
+            times = interleave(preparations, DEVICE, 0.02 if settings.rehearse else 0.15, 3)
+            yield (
+                f"{'steer_norm' if case.norm else 'steer'} {case} {direction}",
+                case.info(direction, "all")
+                | {
+                    "seconds": {name: statistics.median(seconds) for name, seconds in times.items()},
+                    "quartiles": {name: statistics.quantiles(seconds, n=4)[::2] for name, seconds in times.items()},
+                    "flop": _flop(case, direction),
+                    "faults": {name: fault for name, fault in faults.items() if fault},
+                },
+            )
+        del work
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _flop(case: Any, direction: str) -> int:
+    """Multiply-adds, counted twice: u W^T and g V forward; d V^T, dz W, dz^T u, g^T d and g V again backward."""
+    products = {"forward": 2, "backward": 5, "forward+backward": 7}[direction]
+    return 2 * products * case.frames * case.width * case.num_experts
+
+
+def encoder(settings: Settings) -> Results:
+    """Whisper large-v3's encoder with random weights: forward, a training step, and the peak of memory of that step."""
+    import torch
+    from machine import DEVICE
+    from stacks import Encoders, Stack
+
+    cases = [Stack("tiny", 1)] if settings.rehearse else [Stack("large-v3", 32, batch, torch.bfloat16) for batch in (16, 1)]
+    # What takes minutes to compile comes last: a run that is cut off has the rest by then.
+    for directions in (("forward", "training step"), ("forward, compiled",)):
+        for case in cases:
+            fused = fused_backends(case.dtype)
+            encoders = Encoders(case, fused)
+            for direction in directions:
+                yield f"{case} {direction}", _timed_encoder(settings, encoders, fused, direction)
+            del encoders
+            if DEVICE.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _timed_encoder(settings: Settings, encoders: Any, fused: list[str], direction: str) -> dict[str, Any]:
+    from machine import DEVICE
+    from timing import interleave
+
+    case, kind = encoders.case, direction.partition(",")[0]
+    steered = fused if "compiled" in direction else ["public", "eager", *fused]
+    faults = encoders.faults(steered, kind)
+    unsteered = {"forward": ["unsteered"], "training step": [], "forward, compiled": ["unsteered_compiled"]}[direction]
+    timed = [*unsteered, *(name for name in steered if faults[name] is None)]
+    preparations = {name: encoders.preparation(name, kind) for name in timed}
+    times = interleave(preparations, DEVICE, 0.05 if settings.rehearse else 1.5, 3, queued=False)
+    return {
+        "model": case.model,
+        "layers": case.num_layers,
+        "batch": case.batch,
+        "dtype": str(case.dtype)[6:],
+        "direction": direction,
+        "seconds": {name: statistics.median(seconds) for name, seconds in times.items()},
+        "quartiles": {name: statistics.quantiles(seconds, n=4)[::2] for name, seconds in times.items()},
+        "peak_bytes": {name: _peak(preparations[name]) for name in timed} if DEVICE.type == "cuda" else {},
+        "faults": {name: fault for name, fault in faults.items() if fault},
+    }
+
+
+def _peak(prepare: Callable[[], Any]) -> int:
+    """Bytes that one run takes at most beyond what lay there before."""
+    import torch
+
+    (thunk,) = prepare()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    thunk()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+STAGES = {
+    "build": Stage(build, 150),
+    "environment": Stage(environment, 40),
+    "device": Stage(device, 40),
+    "tests": Stage(tests, 170),
+    "op": Stage(op, 180),
+    "encoder": Stage(encoder, 130),
+    "sanitizer": Stage(sanitizer, 60),
+}

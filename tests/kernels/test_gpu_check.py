@@ -1,0 +1,154 @@
+"""The measuring kit for GPUs, rehearsed on whatever there is: stages, what a cut-off run keeps, the bars, the report."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import steermoe_kernels
+
+pytest.importorskip("pytest_benchmark", reason="the benchmarks need the extra `bench`")
+
+_ROOT = Path(__file__).parents[2]
+_PACKAGE = str(Path(steermoe_kernels.__file__).parents[1])  # the one under test, installed or not
+
+
+@pytest.fixture
+def kit(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    monkeypatch.syspath_prepend(str(_ROOT / "benchmarks"))
+    return SimpleNamespace(**{name: importlib.import_module(f"gpu_{name}") for name in ("check", "stages", "report")})
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A rehearsed run of the stages that measure one layer's pass."""
+    folder = tmp_path_factory.mktemp("kit")
+    command = [sys.executable, str(_ROOT / "benchmarks" / "gpu_check.py"), "--out", str(folder), "--rehearse"]
+    run = subprocess.run(
+        [*command, "--stages", "environment,op", "--commit", "abc", "--case", "40,4,2"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([_PACKAGE, os.environ.get("PYTHONPATH", "")])},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder
+
+
+def test_what_a_run_saves(rehearsal: Path) -> None:
+    found = json.loads((rehearsal / "gpu_check.json").read_text())
+    assert found["commit"] == "abc" and found["rehearsal"] and found["date"].startswith("20")
+    assert {name: stage["state"] for name, stage in found["stages"].items()} == {"environment": "done", "op": "done"}
+    machine = found["stages"]["environment"]["results"]["machine"]
+    assert machine["versions"]["torch"] and "node" not in machine
+    passes = found["stages"]["op"]["results"]
+    assert "steer tiny-N60-E8-float32 forward+backward" in passes and "steer_norm large-v3-N40-E4-k2-bfloat16 forward" in passes
+    for result in passes.values():
+        assert not result["faults"]
+        assert {"eager", *steermoe_kernels.available_backends()} - {"reference"} <= result["seconds"].keys()
+        assert all(seconds > 0 for seconds in result["seconds"].values())
+
+
+def test_the_report_says_that_it_was_a_rehearsal(rehearsal: Path) -> None:
+    report = (rehearsal / "report.md").read_text()
+    assert "A rehearsal at small sizes" in report
+    assert "| environment | done |" in report and "| steer tiny-N60-E8-float32 forward |" in report
+
+
+def test_a_stage_that_dies_keeps_what_it_had(kit: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stage(settings: Any) -> Any:
+        yield "first", {"seconds": 1}
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setitem(kit.check.STAGES, "op", kit.stages.Stage(stage, 10))
+    with pytest.raises(RuntimeError, match="illegal"):
+        kit.check._run_stage("op", kit.stages.Settings(tmp_path))
+    assert json.loads((tmp_path / "op.json").read_text()) == {"first": {"seconds": 1}}
+
+
+def test_a_stage_past_its_time_is_cut_off(kit: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeper = tmp_path / "sleeper.py"
+    sleeper.write_text(
+        "import json, pathlib, subprocess, sys, time\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "(folder / 'op.json').write_text(json.dumps({'first': 1}))\n"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    )
+    monkeypatch.setattr(kit.check, "__file__", str(sleeper))
+    arguments = SimpleNamespace()
+    state = kit.check._supervise("op", kit.stages.Settings(tmp_path), arguments, 6.0)
+    assert (state["state"], state["results"]) == ("cut off", {"first": 1})
+    assert kit.check._supervise("op", kit.stages.Settings(tmp_path), arguments, 1.0)["state"] == "left out, no time"
+
+
+@pytest.mark.parametrize(
+    "result, good",
+    [
+        ({"failed": 1}, False),
+        ({"exit": 9}, False),
+        ({"faults": {"cuda": "y: error 1"}}, False),
+        ({"failed": 0, "exit": 0, "faults": {}}, True),
+    ],
+)
+def test_a_wrong_result_fails_the_run(kit: SimpleNamespace, result: dict, good: bool) -> None:
+    assert kit.check._is_good({"state": "done", "results": {"cuda float32": result}}) is good
+    assert not kit.check._is_good({"state": "cut off", "results": {}})
+
+
+def test_the_bars(kit: SimpleNamespace, tmp_path: Path) -> None:
+    def stage(results: dict) -> dict:
+        return {"state": "done", "seconds": 1.0, "error": "", "results": results}
+
+    def one_pass(seconds: float, moved: int) -> dict:
+        return {"N": 24000, "bytes_to_move": moved, "flop": 1, "seconds": {"eager": 4.0, "cuda": seconds}, "faults": {}}
+
+    def encoder(direction: str, batch: int, **seconds: float) -> dict:
+        return {"direction": direction, "batch": batch, "seconds": seconds, "peak_bytes": {}, "faults": {}}
+
+    found = {
+        "date": "2031-01-01",
+        "commit": None,
+        "seed": 0,
+        "stages": {
+            "device": stage({"copy N24000": {"bytes_per_s": 100.0}}),
+            "op": stage(
+                {
+                    "steer large-v3-N24000-E8-bfloat16 forward": one_pass(1.0, 95),
+                    "steer large-v3-N24000-E64-bfloat16 forward": one_pass(1.5, 95),
+                    "steer_norm large-v3-N24000-E8-bfloat16 forward+backward": one_pass(2.0, 160),
+                }
+            ),
+            "encoder": stage(
+                {
+                    "a": encoder("forward", 16, unsteered=1.0, cuda=0.9),
+                    "b": encoder("training step", 16, public=3.0, cuda=2.0),
+                    "c": encoder("forward, compiled", 16, unsteered_compiled=1.0, cuda=1.04),
+                }
+            ),
+        },
+    }
+    measured = list(kit.report.bars(found, "cuda").values())
+    assert measured == pytest.approx([0.95, 0.8, None, 0.9, None, 1.04, None, 1.5, 1.5])
+    (tmp_path / "gpu_check.json").write_text(json.dumps(found))
+    verdicts = [line.split(" | ")[-1].removesuffix(" |") for line in kit.report.write(tmp_path).splitlines()[2:]]
+    none = "not measured"
+    assert verdicts == ["reached", "missed", none, "reached", none, "missed", none, "reached", "missed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--stages", "op,lunch"], "unknown stage lunch"), (["--case", "1500"], "frames,experts")]
+)
+def test_bad_arguments(kit: SimpleNamespace, arguments: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        kit.check.main(["--out", "x", *arguments])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
