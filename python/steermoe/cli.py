@@ -1,0 +1,263 @@
+"""The command line: ``steermoe demo | train | eval | transcribe | ask | verify | inspect | data check``.
+
+What a user can put right is said in one sentence, with exit status 1 (2 for arguments that do not fit); ``STEERMOE_DEBUG=1`` shows where
+it came from. Results go to standard output, progress and remarks to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="steermoe",
+    help="Join a frozen audio encoder to a frozen language model by training a few million parameters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Corpora.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+_ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Checkpoint = Annotated[Path, typer.Option("--checkpoint", "-c", help="a folder that training saved")]
+AudioModel = Annotated[str | None, typer.Option(help="where the audio encoder lies now, if not where the checkpoint says")]
+TextModel = Annotated[str | None, typer.Option(help="where the language model lies now, if not where the checkpoint says")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")]
+Dtype = Annotated[str, typer.Option(help="the backbones' dtype: float32, bfloat16 or float16")]
+BatchSize = Annotated[int, typer.Option(min=1, help="clips generated at once")]
+
+
+def main() -> None:
+    """The console script. Exits with 0, 1 for an error said in one sentence, 2 for bad arguments, 130 after Ctrl-C."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _ERRORS.print("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("STEERMOE_DEBUG"):
+            raise
+        _ERRORS.print(f"error: {_said(error)}", markup=False)
+        sys.exit(1)
+
+
+def _said(error: BaseException) -> str:
+    """The error's words; for one that the operating system raised, with the file's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="where the trained aligner and the report go")] = Path("steermoe-demo"),
+    minutes: Annotated[float, typer.Option(min=0.1, help="time to train, for the steered aligner and the projection alone together")] = 3.0,
+    seed: Annotated[int, typer.Option(help="of the aligner's first weights and of what is said")] = 0,
+) -> None:
+    """Train an aligner on synthesised speech and measure it on voices it has never heard; no download, about five minutes on two cores."""
+    from .demo import run
+
+    run(output, minutes=minutes, seed=seed)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="a YAML file, or the name of a configuration that comes with the package")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as in training.max_steps=100")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest sound checkpoint of training.output_dir")] = False,
+    resume_from: Annotated[Path | None, typer.Option(help="go on from this checkpoint")] = None,
+) -> None:
+    """Train an aligner as a configuration says; Ctrl-C saves a checkpoint and says how to go on."""
+    from .training import train as run
+    from .training_config import load_config
+
+    result = run(load_config(config, overrides or []), resume=resume_from or (True if resume else None))
+    if result.interrupted:
+        raise typer.Exit(130)
+    print(result.checkpoint)
+
+
+@app.command("eval")
+def evaluate(
+    corpus: Annotated[str, typer.Argument(help="a manifest, a folder or a data set, as in training")],
+    checkpoint: Checkpoint,
+    task: Annotated[str | None, typer.Option(help="transcription or question (default: as the rows tell)")] = None,
+    prompt: Annotated[str | None, typer.Option(help="what the user turn says, for rows without a prompt of their own")] = None,
+    language: Annotated[str, typer.Option(help="of the texts, for normalisation: en, zh, ...")] = "en",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="a JSONL file with every hypothesis")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+    max_bad_rows: Annotated[int, typer.Option(min=0, help="stop past this many rows that cannot be scored")] = 100,
+    batch_size: BatchSize = 8,
+    workers: Annotated[int, typer.Option(min=0, help="processes that decode audio")] = 0,
+    audio_model: AudioModel = None,
+    text_model: TextModel = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Score a whole corpus: word and character error rates with intervals, or exact match for questions, and the real-time factor."""
+    from .data import load
+    from .evaluation import evaluate as run
+
+    rows = load(corpus)
+    model, processor = _load(checkpoint, audio_model, text_model, device, dtype)
+    result = run(
+        model,
+        processor,
+        rows,
+        task=task,
+        prompt=prompt,
+        language=language,
+        batch_size=batch_size,
+        num_workers=workers,
+        output=output,
+        max_bad_rows=max_bad_rows,
+        progress=True,
+    )
+    _show(result.to_dict() if as_json else result)
+
+
+@app.command()
+def transcribe(
+    files: Annotated[list[Path], typer.Argument(help="recordings of any length")],
+    checkpoint: Checkpoint,
+    form: Annotated[str, typer.Option("--format", "-f", help="text, json or srt")] = "text",
+    output_dir: Annotated[Path | None, typer.Option(help="write FILE.txt, .json or .srt into this folder instead")] = None,
+    prompt: Annotated[str | None, typer.Option(help="what the user turn says")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="the longest segment (default: what the encoder takes)")] = None,
+    batch_size: BatchSize = 8,
+    audio_model: AudioModel = None,
+    text_model: TextModel = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Transcribe recordings. One that cannot be read is named; the others are still transcribed, and the exit status is 1."""
+    from .data.audio import AudioError
+    from .transcription import transcribe as run
+
+    endings = {"text": ".txt", "json": ".json", "srt": ".srt"}
+    if form not in endings:
+        raise typer.BadParameter(f"must be text, json or srt, got {form!r}", param_hint="--format")
+    model, processor = _load(checkpoint, audio_model, text_model, device, dtype)
+    failed = False
+    for file in files:
+        try:
+            transcript = run(model, processor, file, prompt=prompt, max_seconds=max_seconds, batch_size=batch_size, progress=True)
+        except AudioError as error:
+            _ERRORS.print(f"error: {error}", markup=False)
+            failed = True
+            continue
+        for warning in transcript.warnings:
+            _ERRORS.print(f"{file}: {warning}", markup=False)
+        text = {"text": lambda t: t.text + "\n", "json": lambda t: t.to_json() + "\n", "srt": lambda t: t.to_srt()}[form](transcript)
+        if output_dir is not None:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            (output_dir / (file.stem + endings[form])).write_text(text, encoding="utf-8")
+        else:
+            print(f"{file}: {text}" if form == "text" and len(files) > 1 else text, end="")
+    raise typer.Exit(int(failed))
+
+
+@app.command()
+def ask(
+    file: Annotated[Path, typer.Argument(help="a recording")],
+    question: Annotated[str, typer.Argument(help="about it")],
+    checkpoint: Checkpoint,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="the longest answer")] = 256,
+    audio_model: AudioModel = None,
+    text_model: TextModel = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Ask a question about a recording."""
+    from .transcription import ask as run
+
+    model, processor = _load(checkpoint, audio_model, text_model, device, dtype)
+    print(run(model, processor, file, question, max_new_tokens=max_new_tokens))
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="a folder that training saved")],
+    audio_model: AudioModel = None,
+    text_model: TextModel = None,
+) -> None:
+    """Prove that neither backbone changed: weights, text-only logits and the unsteered encoder's outputs, bit for bit."""
+    from .preservation import verify as run
+
+    result = run(checkpoint, audio_model=audio_model, text_model=text_model)
+    _show(result)
+    raise typer.Exit(0 if result.preserved else 1)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="a folder that training saved")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="a PNG of expert usage and layer scales")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+) -> None:
+    """What an aligner is made of: parameters by part, expert usage in training, layer scales."""
+    from .inspection import inspect as run
+
+    found = run(checkpoint)
+    _show(found.to_dict() if as_json else found)
+    if output is not None:
+        found.draw(output)
+        _ERRORS.print(f"wrote {output}", markup=False)
+
+
+@data_app.command()
+def check(
+    corpus: Annotated[str, typer.Argument(help="a manifest, a folder or a data set, as in training")],
+    sampling_rate: Annotated[int, typer.Option(min=1, help="Hz that recordings should have at least")] = 16000,
+    max_seconds: Annotated[float, typer.Option(help="the encoder's longest input")] = 30.0,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+) -> None:
+    """List what is wrong with a corpus: unreadable files, empty texts, rates, duplicates, durations. Exit status 1 for errors."""
+    from .data.check import check as run
+
+    report = run(corpus, sampling_rate=sampling_rate, max_seconds=max_seconds, progress=True)
+    _show(report.to_dict() if as_json else report)
+    raise typer.Exit(report.exit_status)
+
+
+def _load(checkpoint: Path, audio_model: str | None, text_model: str | None, device: str | None, dtype: str) -> tuple[Any, Any]:
+    """The model, ready to generate, and its processor."""
+    import torch
+
+    from .model import SteerMoEForConditionalGeneration
+    from .processor import SteerMoEProcessor
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"must be float32, bfloat16 or float16, got {dtype!r}", param_hint="--dtype")
+    model = SteerMoEForConditionalGeneration.from_pretrained(
+        checkpoint, audio_model=audio_model, text_model=text_model, dtype=getattr(torch, dtype)
+    )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), SteerMoEProcessor.from_pretrained(checkpoint)
+
+
+def _show(result: Any) -> None:
+    """To standard output: a mapping as JSON, anything else as rich draws it, as wide as the terminal or, in a pipe, as it needs to be."""
+    if isinstance(result, dict):
+        print(json.dumps(result, ensure_ascii=False, indent=2, default=str))
+        return
+    console = Console(highlight=False)
+    (console if console.is_terminal else Console(highlight=False, width=200)).print(result)
+
+
+if __name__ == "__main__":
+    main()
