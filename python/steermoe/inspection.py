@@ -31,7 +31,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Inspection:
-    """``parameters`` by part; ``vector_norms`` (L, E), ``layer_scales`` (L,); ``usage``: of the latest log up to the checkpoint, or None."""
+    """``parameters`` by part; ``vector_norms`` (L, E), ``layer_scales`` (L,); ``usage`` as logged last, or None."""
 
     name: str
     backbones: dict[str, str]
