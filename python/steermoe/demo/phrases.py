@@ -17,37 +17,36 @@ from typing import Literal
 Split = Literal["train", "heldout"]
 
 LEXICON: dict[str, tuple[str, ...]] = {
-    "name": tuple("anna tom mary john peter sarah david emma jack lucy paul kate henry julia sam alice".split()),
-    "role": tuple("doctor teacher farmer baker driver singer painter nurse sailor king queen boy girl man woman child".split()),
-    "relative": tuple("brother sister mother father uncle friend".split()),
-    "owner": tuple("my your his her our".split()),
-    "animal": tuple("cat dog horse cow bird fish mouse lion tiger bear sheep goat duck rabbit fox monkey elephant snake frog pig".split()),
-    "colour": tuple("red blue green yellow black white brown orange pink purple grey".split()),
-    "size": tuple("big small old new little long heavy clean broken cheap".split()),
-    "mood": tuple("happy sad tired quiet hungry young clever angry late busy lucky ready".split()),
-    "object": tuple(
-        "book ball car boat hat coat bag box chair table lamp clock key letter cup plate bottle phone bike shirt ring knife piano mirror "
-        "ticket blanket basket candle camera hammer".split()
-    ),
-    "many": tuple("books balls cars boats hats coats bags boxes chairs lamps keys letters cups plates bottles birds horses dogs".split()),
-    "food": tuple("bread milk cake soup rice cheese tea coffee sugar honey butter meat fruit salad".split()),
-    "fruit": tuple("apples eggs lemons potatoes carrots cookies nuts grapes".split()),
-    "place": tuple(
-        "house garden kitchen school park river forest market station church hospital library beach mountain bridge city village farm "
-        "street office hotel harbour museum window door".split()
-    ),
-    "preposition": tuple("in near behind at by under".split()),
-    "found": tuple("found lost bought sold saw took made broke carried painted washed opened closed dropped hid forgot".split()),
-    "wants": tuple("wants needs likes has".split()),
-    "stayed": tuple("sat slept walked waited stood played worked lived danced sang".split()),
-    "moved": tuple("ran went came drove swam jumped".split()),
-    "cooked": tuple("cooked made bought wanted brought".split()),
-    "weather": tuple("cold warm windy sunny dark rainy".split()),
-    "digit": tuple("zero one two three four five six seven eight nine".split()),
-    "number": tuple("two three four five six seven eight nine ten eleven twelve thirteen fifteen twenty thirty fifty".split()),
-    "day": tuple("monday tuesday wednesday thursday friday saturday sunday".split()),
-    "adverb": tuple("today yesterday tomorrow again slowly".split()),
-    "part": tuple("morning evening afternoon winter summer".split()),
+    slot: tuple(line.split())
+    for slot, line in {
+        "name": "anna tom mary john peter sarah david emma jack lucy paul kate henry julia sam alice",
+        "role": "doctor teacher farmer baker driver singer painter nurse sailor king queen boy girl man woman child",
+        "relative": "brother sister mother father uncle friend",
+        "owner": "my your his her our",
+        "animal": "cat dog horse cow bird fish mouse lion tiger bear sheep goat duck rabbit fox monkey elephant snake frog pig",
+        "colour": "red blue green yellow black white brown orange pink purple grey",
+        "size": "big small old new little long heavy clean broken cheap",
+        "mood": "happy sad tired quiet hungry young clever angry late busy lucky ready",
+        "object": "book ball car boat hat coat bag box chair table lamp clock key letter cup plate bottle phone bike shirt ring knife piano "
+        "mirror ticket blanket basket candle camera hammer",
+        "many": "books balls cars boats hats coats bags boxes chairs lamps keys letters cups plates bottles birds horses dogs",
+        "food": "bread milk cake soup rice cheese tea coffee sugar honey butter meat fruit salad",
+        "fruit": "apples eggs lemons potatoes carrots cookies nuts grapes",
+        "place": "house garden kitchen school park river forest market station church hospital library beach mountain bridge city village "
+        "farm street office hotel harbour museum window door",
+        "preposition": "in near behind at by under",
+        "found": "found lost bought sold saw took made broke carried painted washed opened closed dropped hid forgot",
+        "wants": "wants needs likes has",
+        "stayed": "sat slept walked waited stood played worked lived danced sang",
+        "moved": "ran went came drove swam jumped",
+        "cooked": "cooked made bought wanted brought",
+        "weather": "cold warm windy sunny dark rainy",
+        "digit": "zero one two three four five six seven eight nine",
+        "number": "two three four five six seven eight nine ten eleven twelve thirteen fifteen twenty thirty fifty",
+        "day": "monday tuesday wednesday thursday friday saturday sunday",
+        "adverb": "today yesterday tomorrow again slowly",
+        "part": "morning evening afternoon winter summer",
+    }.items()
 }
 """Words by the slot of a template they fill."""
 
