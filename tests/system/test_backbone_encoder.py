@@ -19,7 +19,7 @@ pytest.importorskip("espeakng_loader", reason="the encoder's training and its me
 
 from steermoe.backbones import encoder_path, train_encoder
 from steermoe.backbones.train_encoder import CHARACTERS, PHONEMES, Clip, collate, encode, load, measure, spell, text
-from steermoe.demo import phrases
+from steermoe.demo.phrases import LEXICON, split_of
 from steermoe.demo.speech import HELD_OUT_VOICES, SAMPLING_RATE, TRAINING_VOICES, Voice, utter
 
 SENTENCES = ("anna found the red book", "three zero nine")
@@ -91,8 +91,8 @@ def test_nothing_held_out_is_ever_said_and_every_digit_is_said_alone() -> None:
     rng = random.Random(5)
     said = [text(rng) for _ in range(8000)]
     spelt = {sentence for sentence, heard in said if heard}
-    assert not [sentence for sentence in spelt if len(sentence.split()) >= 3 and phrases.split_of(sentence) == "heldout"]
-    assert set(phrases.LEXICON["digit"]) <= spelt
+    assert not [sentence for sentence in spelt if len(sentence.split()) >= 3 and split_of(sentence) == "heldout"]
+    assert set(LEXICON["digit"]) <= spelt
     assert set("".join(spelt)) <= set(CHARACTERS)
     assert 0.05 < np.mean([not heard for _, heard in said]) < 0.2
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
-from ..demo import phrases
+from ..demo.phrases import LEXICON, sentences, split_of
 from ..demo.speech import HELD_OUT_VOICES, SAMPLING_RATE, TRAINING_VOICES, Utterance, Voice, augment, utter
 
 CHARACTERS = " 'abcdefghijklmnopqrstuvwxyz"
@@ -125,18 +125,18 @@ def text(rng: random.Random) -> tuple[str, bool]:
     """Something to say, and whether its spelling can be heard. No sentence of the "heldout" split, not even by chance."""
     while True:
         said, heard = _any_text(rng)
-        if len(said.split()) < 3 or phrases.split_of(said) == "train":  # single words and pairs are nobody's sentences
+        if len(said.split()) < 3 or split_of(said) == "train":  # single words and pairs are nobody's sentences
             return said, heard
 
 
 def _any_text(rng: random.Random) -> tuple[str, bool]:
     kind = rng.random()
     if kind < 0.55:
-        return next(iter(phrases.sentences(rng.getrandbits(40), 1))), True
+        return next(iter(sentences(rng.getrandbits(40), 1))), True
     if kind < 0.8:
         return " ".join(rng.choices(_words(), k=rng.randint(1, 6))), True
     if kind < 0.9:
-        return " ".join(rng.choices(phrases.LEXICON["digit"], k=rng.randint(1, 7))), True
+        return " ".join(rng.choices(LEXICON["digit"], k=rng.randint(1, 7))), True
     syllables = ["".join((rng.choice(_ONSETS), rng.choice(_NUCLEI), rng.choice(_CODAS))) for _ in range(rng.randint(2, 7))]
     return " ".join("".join(syllables[i : i + 2]) for i in range(0, len(syllables), 2)), False
 
@@ -150,7 +150,7 @@ _CODAS = ("", "", "", *"bdgklmnpstz", "ng", "sh", "ch", "th", "ck", "nt", "st", 
 
 
 def _words() -> list[str]:
-    return sorted({word for words in phrases.LEXICON.values() for word in words})
+    return sorted({word for words in LEXICON.values() for word in words})
 
 
 def clips(seed: int) -> Iterator[Clip]:
@@ -334,7 +334,7 @@ def measure(
     extractor, found = WhisperFeatureExtractor(), {}
     everything: tuple[list[str], list[str]] = ([], [])
     for index, voice in enumerate(voices):
-        said = list(phrases.sentences(1000 + index, per_voice, "heldout"))
+        said = list(sentences(1000 + index, per_voice, "heldout"))
         spelt = spell(encoder, spelling, collate([Clip(utter(sentence, voice), sentence) for sentence in said], extractor))
         found[str(voice)] = {"wer": round(jiwer.wer(said, spelt), 4), "cer": round(jiwer.cer(said, spelt), 4)}
         everything[0].extend(said)
