@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 
 from .checkpoints import CheckpointError, checkpoints_in, remove_old, seal, staging_folder
 from .data import Corpus, LengthBucketSampler
@@ -234,7 +235,7 @@ class AlignerTrainer(Trainer):
         corpus: Any = self.eval_corpus if eval_dataset is None else eval_dataset
         data = self.config.data
         # Sharded backbones generate in step or not at all, so there every process scores everything.
-        shared = self.args.world_size if not self.is_fsdp_enabled else 1
+        shared = 1 if self.is_fsdp_enabled or len(corpus) < self.args.world_size else self.args.world_size
         mine = corpus[self.args.process_index :: shared] if shared > 1 else corpus
         self.interruption.may_raise = self.args.world_size == 1
         try:
@@ -265,6 +266,21 @@ class AlignerTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> dict[str, float]:
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if skip_scheduler:
+            # The evaluation before the first step is one that the resumed run owes: it may be the best one.
+            self._determine_best_metric(metrics, trial)
+        return metrics
+
+    def owes_evaluation(self, checkpoint: Path) -> bool:
+        """Whether a run that goes on from ``checkpoint`` has to score it first: it was stopped between a step and its evaluation."""
+        if self.eval_corpus is None:
+            return False
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        done = any(f"eval_{self.metric}" in entry and entry["step"] == state.global_step for entry in state.log_history)
+        return state.global_step % self.args.eval_steps == 0 and not done
 
     def _gathered(self, mine: Evaluation) -> Evaluation:
         """The evaluation of the whole corpus from those of all processes' shares."""
@@ -414,6 +430,14 @@ class _EpochOrder(TrainerCallback):
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
+def runs_on_cpu() -> bool:
+    """Whether training stays on the CPU: where there is nothing else, or ``accelerate launch --cpu`` asks for it.
+
+    accelerate has to be told: it starts several processes on CPUs only where it knows that CPUs are meant.
+    """
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or not torch.accelerator.is_available()
+
+
 def score_of(config: TrainingConfig, corpus: Corpus | None) -> tuple[str, bool]:
     """The score a run is judged by, and whether more of it is better: accuracy for questions, else the language's error rate."""
     task = config.data.task
@@ -466,6 +490,8 @@ def training_arguments(config: TrainingConfig, rows: int, metric: str | None, gr
         report_to=["tensorboard"] if settings.tensorboard else [],
         disable_tqdm=True,
         dataloader_num_workers=config.data.num_workers,
+        dataloader_pin_memory=not runs_on_cpu(),
+        use_cpu=runs_on_cpu(),
         # Examples, not rows of tensors.
         remove_unused_columns=False,
         label_names=["labels"],

@@ -13,15 +13,14 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 
 from .checkpoints import CheckpointError, checkpoints_in, newest_sound, remove_unfinished, verify
 from .data import BadRowLog, Collator, Corpus, Problem, load
+from .error_rates import word_errors
 from .evaluation import Evaluation
 from .model import SteerMoEForConditionalGeneration
 from .processor import SteerMoEProcessor
-from .trainer import LOSS_STATE_NAME, AlignerTrainer
+from .trainer import LOSS_STATE_NAME, AlignerTrainer, runs_on_cpu
 from .training_config import ModelConfig, TrainingConfig, load_config
 
 __all__ = ["TrainingResult", "build", "train"]
@@ -108,10 +107,10 @@ def train(
         raise FileExistsError(
             f"training.output_dir {run} holds {checkpoints_in(run)[-1].name} of an earlier run: resume that, or choose another folder"
         )
-    state = PartialState()
+    state = PartialState(cpu=runs_on_cpu())
     if checkpoint is not None:
         _check_resumable(config, checkpoint, state.num_processes)
-    train_corpus, eval_corpus, log = _corpora(config, fresh=checkpoint is None)
+    train_corpus, eval_corpus, log = _corpora(config, state, fresh=checkpoint is None)
     if model is None:
         model, processor = build(config.model, seed=config.training.seed)
     run.mkdir(parents=True, exist_ok=True)
@@ -122,6 +121,7 @@ def train(
     data = config.data
     collator = Collator(processor, prompt=data.prompt, bad_rows=log, fallback=train_corpus, max_seconds=data.max_seconds)
     trainer = AlignerTrainer(model, processor, config, collator, train_corpus, eval_corpus, callbacks)
+    trainer.args.eval_on_start = checkpoint is not None and trainer.owes_evaluation(checkpoint)
     try:
         with trainer.interruption.listening():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -201,7 +201,7 @@ def _check_resumable(config: TrainingConfig, checkpoint: Path, processes: int) -
         raise CheckpointError(f"{checkpoint} was made by {made_by} processes, and this run has {processes}: start as many")
 
 
-def _corpora(config: TrainingConfig, *, fresh: bool) -> tuple[Corpus, Corpus | None, BadRowLog]:
+def _corpora(config: TrainingConfig, state: PartialState, *, fresh: bool) -> tuple[Corpus, Corpus | None, BadRowLog]:
     data = config.data
     train_corpus = load(data.train).for_training(data.max_seconds)
     train_corpus.check_limit(data.max_bad_rows)
@@ -209,8 +209,14 @@ def _corpora(config: TrainingConfig, *, fresh: bool) -> tuple[Corpus, Corpus | N
         listed = "".join(f"\n  {problem}" for problem in train_corpus.problems[:5])
         raise ValueError(f"data.train has no row to learn from: {len(train_corpus.problems)} bad ones{listed}")
     eval_corpus = None if data.eval is None else load(data.eval)
+    if eval_corpus is not None:
+        # What scoring would stop at is better said now than at the first evaluation.
+        word_errors([""], [""], data.language, normalization=data.normalization)
+        scorable = eval_corpus.for_scoring()
+        scorable.check_limit(data.max_bad_rows)
+        if not len(scorable):
+            raise ValueError(f"data.eval has no row to score: {'; '.join(map(str, scorable.problems[:3]))}")
     path = Path(config.training.output_dir) / BAD_ROWS_NAME
-    state = PartialState()
     if fresh and state.is_main_process:
         path.unlink(missing_ok=True)
     state.wait_for_everyone()
@@ -264,8 +270,3 @@ def _report(config: TrainingConfig, trainer: AlignerTrainer, bad_rows: list[Prob
             f"in {run / f'checkpoint-{state.best_global_step}'}",
             markup=False,
         )
-
-
-def history_of(checkpoint: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The log of a run up to a checkpoint: dicts with ``step``, and ``loss`` or ``eval_wer`` and so on."""
-    return list(TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).log_history)

@@ -128,5 +128,5 @@ class Interruption(TrainerCallback):
         """End the run here, saved."""
         self.stopped = True
         control.should_save = control.should_training_stop = True
-        # What would come first may take long, and Ctrl-C is not patient. A resumed run has it at its next turn.
+        # It may take long, and Ctrl-C is not patient: a resumed run begins with it.
         control.should_evaluate = False

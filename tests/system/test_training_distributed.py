@@ -1,0 +1,106 @@
+"""Two processes over gloo give one process's gradients, log and score, also where one has more tokens than the other."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from training_runs import Spy, configuration, corpus
+
+from steermoe.checkpoints import CheckpointError, verify
+from steermoe.training import TrainingResult, train
+from steermoe.training_config import TrainingConfig
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
+
+RANKS, STEPS = 2, 3
+# Texts of very different lengths: a mean of the processes' means would weigh tokens unequally.
+TEXTS = ("a", "two", "three four five six seven", "no", "eight nine ten eleven twelve", "yes", "b", "seven eight")
+
+
+def _rank(rank: int, port: int, config: dict[str, Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(RANKS),
+        "LOCAL_WORLD_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    spy = Spy()
+    try:
+        result = train(TrainingConfig.from_dict(config), callbacks=[spy])
+        scores = [row.id + row.hypothesis for row in result.evaluation.hypotheses] if result.evaluation else []
+        saved = {"gradients": spy.gradients, "history": result.history, "hypotheses": scores, "bad_rows": len(result.bad_rows)}
+        torch.save(saved, f"{folder}/rank-{rank}.pt")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _spawn(config: TrainingConfig, folder: Path) -> list[dict[str, Any]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, (port, config.to_dict(), os.fspath(folder)), nprocs=RANKS)
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tiny_encoder: Path, tiny_language_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[dict[str, Any]], Spy, TrainingResult, TrainingConfig]:
+    """The two ranks' records, and one process on the same batches. Every clip is met in each epoch, of which the last step is whole."""
+    folder = tmp_path_factory.mktemp("runs")
+    clips = corpus(folder / "clips", 8, texts=TEXTS)
+    settings: dict[str, Any] = {
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "eval_steps": STEPS,
+        "load_balancing_weight": 0.0,
+        "schedule": "constant",
+        "warmup_steps": 0,
+    }
+    two = configuration((tiny_encoder, tiny_language_model), clips, folder / "two", eval=clips, batch_size=2, **settings)
+    one = configuration((tiny_encoder, tiny_language_model), clips, folder / "one", eval=clips, batch_size=4, **settings)
+    ranks = _spawn(two, folder)
+    spy = Spy()
+    return ranks, spy, train(one, callbacks=[spy]), two
+
+
+def test_gradients_of_two_processes_are_those_of_one(runs: Any) -> None:
+    ranks, spy, _, _ = runs
+    assert len(spy.gradients) == STEPS
+    for step, expected in enumerate(spy.gradients):
+        first, second = (rank["gradients"][step] for rank in ranks)
+        for name, gradient in expected.items():
+            assert torch.equal(first[name], second[name]), "the processes do not agree"
+            # Later steps start from weights that AdamW has taken apart by as little as its first gradients differed.
+            assert torch.dist(first[name], gradient) < (1e-5 if step == 0 else 1e-3) * gradient.norm(), (step, name)
+
+
+def test_logs_and_scores_are_of_the_whole(runs: Any) -> None:
+    ranks, _, result, _ = runs
+    for step, (logged, expected) in enumerate(zip(ranks[0]["history"], result.history, strict=False)):
+        for key in ("loss", "grad_norm", "router_entropy", "router_max_load", "learning_rate_router", "eval_wer"):
+            assert (key in logged) == (key in expected)
+            if key in expected:
+                assert logged[key] == pytest.approx(expected[key], rel=1e-4), (step, key)
+    assert ranks[0]["hypotheses"] == ranks[1]["hypotheses"], "every process has every hypothesis"
+    assert sorted(ranks[0]["hypotheses"]) == sorted(row.id + row.hypothesis for row in result.evaluation.hypotheses)
+
+
+def test_a_checkpoint_of_two_processes_is_whole_and_not_for_one(runs: Any) -> None:
+    *_, config = runs
+    checkpoint = Path(config.training.output_dir) / f"checkpoint-{STEPS}"
+    verify(checkpoint)
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "model.safetensors"} <= {path.name for path in checkpoint.iterdir()}
+    with pytest.raises(CheckpointError, match="was made by 2 processes, and this run has 1: start as many"):
+        train(config, resume=True)

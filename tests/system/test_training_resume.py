@@ -1,0 +1,218 @@
+"""A run that was stopped goes on as if it had not been, bit for bit; and nothing that goes wrong takes an earlier checkpoint along."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import configuration, corpus, curve
+from transformers import TrainerCallback
+
+from steermoe.checkpoints import CheckpointError, checkpoints_in, verify
+from steermoe.trainer import STATISTICS_NAME, AlignerTrainer
+from steermoe.training import TrainingResult, train
+from steermoe.training_config import TrainingConfig
+
+# Seven clips by two: the epochs' last batch is short, and an accumulated step may have fewer passes.
+CLIPS = 7
+SETTINGS: dict[str, Any] = {
+    "max_steps": 12,
+    "logging_steps": 3,
+    "eval_steps": 5,
+    "save_steps": 4,
+    "save_total_limit": None,
+    "load_balancing_weight": 0.01,
+    "z_loss_weight": 0.01,
+}
+
+
+class Signal(TrainerCallback):
+    """Sends this process a signal while step ``at`` runs, as Ctrl-C in a terminal does."""
+
+    def __init__(self, at: int, number: int = signal.SIGINT) -> None:
+        self.at, self.number = at, number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture(scope="module")
+def backbones(tiny_encoder: Path, tiny_language_model: Path) -> tuple[Path, Path]:
+    return tiny_encoder, tiny_language_model
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return corpus(tmp_path_factory.mktemp("clips"), CLIPS)
+
+
+@pytest.fixture(scope="module")
+def whole(backbones: tuple[Path, Path], clips: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, TrainingResult]:
+    """Uninterrupted runs, by accumulation."""
+    return {
+        passes: train(configuration(backbones, clips, tmp_path_factory.mktemp("whole"), eval=clips, accumulation_steps=passes, **SETTINGS))
+        for passes in (1, 2)
+    }
+
+
+def _assert_same_run(resumed: TrainingResult, whole: TrainingResult) -> None:
+    assert curve(resumed.history) == curve(whole.history)
+    assert resumed.best_score == whole.best_score and resumed.checkpoint.name == whole.checkpoint.name
+    first, second = (load_file(result.last_checkpoint / "model.safetensors") for result in (resumed, whole))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    logs = [(result.last_checkpoint.parent / STATISTICS_NAME).read_text() for result in (resumed, whole)]
+    assert logs[0] == logs[1]
+
+
+# Within a logging interval, where an epoch ends, where the evaluation falls, and after several epochs.
+@pytest.mark.parametrize(("passes", "at"), [(1, 7), (1, 8), (1, 5), (2, 3), (2, 10)])
+def test_interrupted_and_resumed_is_uninterrupted(
+    backbones: tuple[Path, Path],
+    clips: Path,
+    whole: dict[int, TrainingResult],
+    tmp_path: Path,
+    passes: int,
+    at: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = configuration(backbones, clips, tmp_path, eval=clips, accumulation_steps=passes, **SETTINGS)
+    stopped = train(config, callbacks=[Signal(at)])
+    assert stopped.interrupted and stopped.steps == at and stopped.checkpoint == tmp_path / f"checkpoint-{at}"
+    said = capsys.readouterr().err
+    assert f"stopped after step {at} of 12" in said and f"steermoe train {tmp_path / 'training_config.yaml'} --resume" in said
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = train(tmp_path / "training_config.yaml", resume=True)
+    assert not resumed.interrupted
+    _assert_same_run(resumed, whole[passes])
+
+
+def test_resumed_from_a_named_checkpoint_by_another_folder(
+    backbones: tuple[Path, Path], clips: Path, whole: dict[int, TrainingResult], tmp_path: Path
+) -> None:
+    config = configuration(backbones, clips, tmp_path / "first", eval=clips, **SETTINGS)
+    train(config, callbacks=[Signal(6, signal.SIGTERM)])
+    resumed = train(config, resume=tmp_path / "first" / "checkpoint-4")
+    _assert_same_run(resumed, whole[1])
+
+
+def test_ctrl_c_while_scoring_saves_too(
+    backbones: tuple[Path, Path], clips: Path, whole: dict[int, TrainingResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from steermoe import trainer
+
+    config = configuration(backbones, clips, tmp_path, eval=clips, **SETTINGS)
+
+    def press(*arguments: Any, **settings: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the signal should have ended the evaluation")
+
+    monkeypatch.setattr(trainer, "evaluate", press)
+    stopped = train(config)
+    assert stopped.interrupted and stopped.last_checkpoint.name == "checkpoint-5"
+    monkeypatch.undo()
+    _assert_same_run(train(config, resume=True), whole[1])
+
+
+def test_a_second_ctrl_c_ends_at_once(backbones: tuple[Path, Path], clips: Path, tmp_path: Path) -> None:
+    class Twice(Signal):
+        def on_step_begin(self, *arguments: Any, **settings: Any) -> None:
+            super().on_step_begin(*arguments, **settings)
+            super().on_step_begin(*arguments, **settings)
+
+    config = configuration(backbones, clips, tmp_path, max_steps=4, save_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Twice(3)])
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def _checkpointed(backbones: tuple[Path, Path], clips: Path, run: Path) -> TrainingConfig:
+    config = configuration(backbones, clips, run, max_steps=6, save_steps=2, save_total_limit=None, logging_steps=1)
+    train(config, callbacks=[Signal(4)])
+    return config
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
+def test_a_truncated_checkpoint_is_named_and_the_one_before_taken(
+    backbones: tuple[Path, Path], clips: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = _checkpointed(backbones, clips, tmp_path)
+    cut = tmp_path / "checkpoint-4" / name
+    os.truncate(cut, cut.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=f"checkpoint-4/{name} has .* it was cut off"):
+        train(config, resume=tmp_path / "checkpoint-4")
+    resumed = train(config, resume=True)
+    assert "passed over" in caplog.text and f"checkpoint-4/{name}" in caplog.text
+    assert [step for step, _ in resumed.losses] == [1, 2, 3, 4, 5, 6] and resumed.steps == 6
+    verify(tmp_path / "checkpoint-4")
+    for checkpoint in checkpoints_in(tmp_path):
+        os.truncate(checkpoint / name, 1)
+    with pytest.raises(CheckpointError, match=r"no sound checkpoint in .* to resume(?s:.*)checkpoint-6(?s:.*)checkpoint-2"):
+        train(config, resume=True)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    backbones: tuple[Path, Path], clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configuration(backbones, clips, tmp_path, max_steps=6, save_steps=2, save_total_limit=1)
+    write = AlignerTrainer._save_optimizer_and_scheduler
+
+    def full(self: AlignerTrainer, folder: str) -> None:
+        if self.state.global_step > 2:
+            (Path(folder) / "optimizer.pt").write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(Path(folder) / "optimizer.pt"))
+        write(self, folder)
+
+    monkeypatch.setattr(AlignerTrainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be saved: .*No space left on device.*checkpoint-2 is untouched"):
+        train(config)
+    said = capsys.readouterr().err
+    assert "error: " in said and "checkpoint-4 could not be saved" in said and "resume from there" in said
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-2"]
+    verify(tmp_path / "checkpoint-2")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("unfinished")]
+    monkeypatch.undo()
+    resumed = train(config, resume=True)
+    assert resumed.steps == 6
+    whole = train(configuration(backbones, clips, tmp_path / "whole", max_steps=6, save_steps=2, save_total_limit=1))
+    assert curve(resumed.history) == curve(whole.history)
+
+
+def test_a_disk_that_is_full_for_a_while(
+    backbones: tuple[Path, Path], clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(backbones, clips, tmp_path, max_steps=6, save_steps=2)
+    sync = os.fsync
+    failures = iter([True])
+
+    def full_once(descriptor: int) -> None:
+        if next(failures, False):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_once)
+    result = train(config)
+    assert result.steps == 6 and [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_only_the_same_run_is_resumed(backbones: tuple[Path, Path], clips: Path, tmp_path: Path) -> None:
+    config = _checkpointed(backbones, clips, tmp_path / "run")
+    config.training.router_learning_rate = 0.5
+    config.training.logging_steps = 3
+    message = r"checkpoint-4 was made under other settings(?s:.*)training\.router_learning_rate: 0\.001 then, 0\.5 now$"
+    with pytest.raises(CheckpointError, match=message):
+        train(config, resume=True)
+    with pytest.raises(CheckpointError, match="no sound checkpoint"):
+        train(configuration(backbones, clips, tmp_path / "empty"), resume=True)
+    with pytest.raises(CheckpointError, match="there is no checkpoint at"):
+        train(config, resume=tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(CheckpointError, match="is no checkpoint of a training run, or was never finished"):
+        train(config, resume=tmp_path / "checkpoint-1")
