@@ -52,9 +52,7 @@ def test_the_shipped_encoder_loads_as_a_whisper_model_of_the_agreed_size(shipped
 
 def test_the_shipped_files_are_small_and_half_precision() -> None:
     assert sum(file.stat().st_size for file in encoder_path().iterdir()) < 5e6
-    with safe_open(encoder_path() / "model.safetensors", "pt") as weights:
-        names = list(weights.keys())
-        assert {weights.get_slice(name).get_dtype() for name in names} == {"F16"}
+    assert _dtypes(encoder_path()) == {"F16"}
 
 
 def test_hidden_states_spell_what_voices_never_heard_say(shipped: WhisperModel, spelling: nn.Linear) -> None:
@@ -170,7 +168,7 @@ def test_training_saves_and_goes_on_from_what_it_saved(tmp_path: Path, monkeypat
     given: dict[str, Any] = {"minutes": 0.03, "batch": 4, "rate": 1e-3, "threads": 1, "save_every": 5.0, "bf16": False}
     first, second = tmp_path / "first", tmp_path / "second"
     train_encoder.train(Namespace(**given, seed=0, start_from=None, output=first))
-    assert AutoModel.from_pretrained(first).config.d_model == 192
+    assert AutoModel.from_pretrained(first).config.d_model == 192 and _dtypes(first) == {"F16"}
     train_encoder.train(Namespace(**given | {"minutes": 0.0}, seed=1, start_from=first, output=second))
     stages = json.loads((second / "training.json").read_text())["stages"]
     assert [stage["seed"] for stage in stages] == [0, 1] and stages[0]["steps"] > 0 and stages[1]["steps"] == 0
@@ -179,3 +177,9 @@ def test_training_saves_and_goes_on_from_what_it_saved(tmp_path: Path, monkeypat
 
 def _batch(said: tuple[str, ...] | list[str]) -> train_encoder.Batch:
     return collate([Clip(utter(sentence, Voice()), sentence) for sentence in said], WhisperFeatureExtractor())
+
+
+def _dtypes(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        names = list(weights.keys())
+        return {weights.get_slice(name).get_dtype() for name in names}
