@@ -69,7 +69,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="of the aligner's first weights and of what is said")] = 0,
 ) -> None:
     """Train an aligner on synthesised speech and measure it on voices it has never heard; no download, about five minutes on two cores."""
-    from .demo import run
+    from .demo.demonstration import run
 
     run(output, minutes=minutes, seed=seed)
 

@@ -13,7 +13,7 @@ from ..error_rates import word_errors
 from ..evaluation import Evaluation, Hypothesis
 
 if TYPE_CHECKING:
-    from . import DemoResult, Rival
+    from .demonstration import DemoResult, Rival
 
 __all__ = ["wer_by_voice", "write_report"]
 
@@ -79,7 +79,8 @@ def _page(result: DemoResult) -> str:
         parts.append(f"<p>The fused kernels make a training step {reference / fused:.2f} times as fast as the reference's here.</p>")
     parts.append(f"<p class=note>{html.escape(', '.join(f'{name} {value}' for name, value in result.machine.items()))}</p>")
     body = "\n".join(parts)
-    return f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>SteerMoE demo</title><style>{_STYLE}</style>\n<body>\n{body}\n</body></html>\n"
+    head = f"<meta charset=utf-8><title>SteerMoE demo</title><style>{_STYLE}</style>"
+    return f"<!doctype html>\n<html lang=en>{head}\n<body>\n{body}\n</body></html>\n"
 
 
 def _comparison(rivals: Sequence[Rival]) -> list[list[str]]:
