@@ -81,30 +81,41 @@ class SteeredWhisperLayer(SteeredLayer):
 
 
 class SteeredWhisperEncoder(Steered):
-    """``WhisperEncoder``, steered. Full-length inputs go through the library's own forward, shorter ones through `_forward_short`."""
+    """``WhisperEncoder``, steered. The library's own forward takes inputs of the full length; `_forward_any` takes shorter and masked ones."""
 
-    _forward_short: ClassVar[Any]
+    _forward_any: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         modeling = sys.modules[_MODELING]
-        cls._forward_short = modeling.merge_with_config_defaults(modeling.capture_outputs(_forward_short))
+        cls._forward_any = modeling.merge_with_config_defaults(modeling.capture_outputs(_forward_any))
 
     def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """``input_features`` (B, mel bins, M), with M up to twice ``max_source_positions``. ValueError for any other shape."""
+        """``input_features`` (B, mel bins, M), with M up to twice ``max_source_positions``. ValueError for any other shape.
+
+        ``attention_mask`` (B, M) is true, or 1, on the first frames of each clip and false, or 0, on those that fill it up. The library
+        ignores it; here the frames that fill up are attended by nobody and reach no other frame through the convolutions, so that a clip
+        gives what it gives alone. What comes out for them is of no meaning; a window of the pool that holds some pools them too, so the
+        clips of a batch should fill whole windows.
+        """
         longest = self.config.max_source_positions * self.conv1.stride[0] * self.conv2.stride[0]
         if input_features.dim() != 3 or input_features.shape[1] != self.num_mel_bins:
             raise ValueError(f"input_features must be (batch, {self.num_mel_bins}, frames), got {tuple(input_features.shape)}")
         if not 1 <= input_features.shape[2] <= longest:
             raise ValueError(f"input_features must have between 1 and {longest} frames, got {input_features.shape[2]}: cut longer audio")
+        if attention_mask is not None and attention_mask.shape != (input_features.shape[0], input_features.shape[2]):
+            raise ValueError(
+                f"attention_mask must be (batch, frames), {(input_features.shape[0], input_features.shape[2])}, "
+                f"got {tuple(attention_mask.shape)}"
+            )
         if self._checkpoints_reentrantly() and not input_features.requires_grad:
             # A reentrant checkpoint gives no gradient to what is inside it unless something that enters it requires one.
             input_features = input_features.detach().requires_grad_()
         kwargs["encoder_pass"] = begin_pass(self.steering, self.layers)
-        if input_features.shape[2] == longest:
-            output = super().forward(input_features, attention_mask, **kwargs)
+        if input_features.shape[2] == longest and attention_mask is None:
+            output = super().forward(input_features, **kwargs)
         else:
-            output = self._forward_short(input_features, **kwargs)
+            output = self._forward_any(input_features, attention_mask, **kwargs)
         release(output)
         return output
 
@@ -115,14 +126,29 @@ class SteeredWhisperEncoder(Steered):
         return any(getattr(function, "keywords", {}).get("use_reentrant", True) is not False for function in functions)
 
 
-def _forward_short(self: Any, input_features: Tensor, **kwargs: Any) -> Any:
-    """The library's forward with the first positions instead of all of them; it refuses anything but the full length."""
-    x = F.gelu(self.conv1(input_features))
+def _forward_any(self: Any, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """The library's forward with the first positions instead of all of them, and with the mask that it lacks."""
+    if attention_mask is None:
+        x = F.gelu(self.conv1(input_features))
+    else:
+        # conv1 spreads a clip's last frame one further, where conv2 would see it; a clip by itself has zeros there.
+        filling = ~attention_mask.to(device=input_features.device, dtype=torch.bool)
+        x = F.gelu(self.conv1(input_features.masked_fill(filling[:, None], 0.0))).masked_fill(filling[:, None], 0.0)
     x = F.gelu(self.conv2(x)).permute(0, 2, 1)
     hidden_states = x + self.embed_positions(torch.arange(x.shape[1], device=x.device))
     hidden_states = F.dropout(hidden_states, p=self.dropout, training=self.training)
+    mask = None if attention_mask is None else _layer_mask(self, hidden_states, ~filling)
     for layer in self.layers:
         if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
             continue
-        hidden_states = layer(hidden_states, None, **kwargs)
+        hidden_states = layer(hidden_states, mask, **kwargs)
     return sys.modules[_MODELING].BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
+
+
+def _layer_mask(encoder: Any, hidden_states: Tensor, heard: Tensor) -> Tensor | None:
+    """What the attention implementation in use wants, from the mel frames (B, M) to hear. Frame t is centred on mel frame t * stride."""
+    from transformers.masking_utils import create_bidirectional_mask
+
+    return create_bidirectional_mask(
+        config=encoder.config, inputs_embeds=hidden_states, attention_mask=heard[:, :: encoder.conv2.stride[0]]
+    )

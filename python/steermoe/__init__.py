@@ -1,0 +1,18 @@
+"""SteerMoE: a frozen audio encoder joined to a frozen language model by a small trained aligner.
+
+Importing it registers the model with transformers' AutoConfig, AutoModel and AutoProcessor.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from .config import SteerMoEConfig
+from .model import SteerMoEForConditionalGeneration, SteerMoEOutput
+from .processor import SteerMoEProcessor
+
+__all__ = ["SteerMoEConfig", "SteerMoEForConditionalGeneration", "SteerMoEOutput", "SteerMoEProcessor"]
+
+AutoConfig.register(SteerMoEConfig.model_type, SteerMoEConfig, exist_ok=True)
+AutoModel.register(SteerMoEConfig, SteerMoEForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(SteerMoEConfig, SteerMoEProcessor, exist_ok=True)

@@ -1,0 +1,99 @@
+"""How an audio encoder counts: from samples to feature frames, from those to the frames it puts out, and to pooled ones."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+__all__ = ["FrameCounts"]
+
+Count = TypeVar("Count", int, Tensor)
+
+# Families of transformers that read the waveform through unpadded convolutions, listed in their config, and keep the number of frames
+# from there on.
+_WAVEFORM = ("wav2vec2", "wav2vec2-conformer", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio")
+
+
+@dataclass(frozen=True)
+class FrameCounts:
+    """The arithmetic of one encoder.
+
+    ``layout`` says what it reads: "mel" (clips, bins, frames), "waveform" (clips, samples), "filterbank" (clips, frames, bins). The
+    convolutions from there to its layers have ``kernels``, ``strides`` and ``paddings``. ``longest`` is its longest input in feature
+    frames, None without a limit.
+    """
+
+    layout: str
+    kernels: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    paddings: tuple[int, ...] = ()
+    longest: int | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> FrameCounts:
+        """From an encoder's config, or from an openai-whisper ``ModelDimensions``. ValueError for an encoder whose counts are not known."""
+        if hasattr(config, "n_audio_ctx"):
+            return cls._whisper(config.n_audio_ctx)
+        kind = getattr(config, "model_type", type(config).__name__)
+        if kind == "whisper":
+            return cls._whisper(config.max_source_positions)
+        if getattr(config, "add_adapter", False):
+            raise ValueError(
+                f"the {kind} encoder has an adapter that shortens what comes out of its layers: load it with add_adapter=False"
+            )
+        if kind in _WAVEFORM:
+            kernels, strides = tuple(config.conv_kernel), tuple(config.conv_stride)
+            return cls("waveform", kernels, strides, (0,) * len(kernels))
+        if kind == "wav2vec2-bert":
+            return cls("filterbank")
+        known = ", ".join(("whisper", *_WAVEFORM, "wav2vec2-bert"))
+        raise ValueError(f"the number of frames that a {kind} encoder puts out is not known; known are {known}")
+
+    @classmethod
+    def _whisper(cls, positions: int) -> FrameCounts:
+        return cls("mel", (3, 3), (1, 2), (1, 1), longest=2 * positions)
+
+    @property
+    def time_dim(self) -> int:
+        """The dimension of the features that counts frames."""
+        return 1 if self.layout == "filterbank" else -1
+
+    @property
+    def shortest(self) -> int:
+        """The fewest feature frames that give one frame."""
+        length = 1
+        for kernel, stride, padding in reversed(list(zip(self.kernels, self.strides, self.paddings, strict=True))):
+            length = max(1, (length - 1) * stride + kernel - 2 * padding)
+        return length
+
+    def frames(self, features: Count) -> Count:
+        """The frames that ``features`` feature frames give."""
+        for kernel, stride, padding in zip(self.kernels, self.strides, self.paddings, strict=True):
+            features = (features + 2 * padding - kernel) // stride + 1
+        return features
+
+    def pooled(self, features: Count, pool_size: int) -> Count:
+        """The pooled frames that ``features`` feature frames give: as many embeddings of the language model."""
+        return (self.frames(features) + pool_size - 1) // pool_size
+
+    def whole_windows(self, features: int, pool_size: int) -> int:
+        """``features`` rounded up to whole windows of the convolutions' strides and of the pool, as far as the longest input allows.
+
+        A mel encoder runs clips of several lengths in one batch, and so each ends where a window ends, alone and in the batch.
+        """
+        if self.layout != "mel":
+            return max(features, self.shortest)
+        window = pool_size
+        for stride in self.strides:
+            window *= stride
+        rounded = -(-features // window) * window
+        return rounded if self.longest is None else min(rounded, self.longest)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> FrameCounts:
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})

@@ -1,0 +1,79 @@
+"""`SteerMoEConfig`: which two backbones, and the aligner between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+__all__ = ["AUDIO_TOKEN", "SteerMoEConfig"]
+
+AUDIO_TOKEN = "<|audio|>"
+_POOLS = ("max", "mean", None)
+_PADDINGS = ("longest", "max_length")
+
+
+class SteerMoEConfig(PretrainedConfig):
+    """The two frozen backbones by name, and the sizes of the aligner between them.
+
+    ``audio_model`` and ``text_model`` are hub ids or paths, with ``audio_revision`` and ``text_revision`` where they are from a hub;
+    ``audio_fingerprint`` and ``text_fingerprint`` are the SHA-256 over their weights (`preservation.Fingerprint`), by which a checkpoint
+    knows them again. ``num_experts``, ``top_k``, ``renormalize``, ``steering_scale`` and ``backend`` are `FusedSteerMoE`'s. The encoder's
+    frames are pooled by ``pool`` ("max", "mean" or None) over ``pool_size`` frames. ``audio_token_id`` is the tokenizer's id of
+    ``audio_token``. ``audio_padding`` "longest" encodes a clip as long as it is, and "max_length" with silence up to the encoder's longest
+    input, as Whisper was trained. ValueError for values outside these.
+    """
+
+    model_type = "steermoe"
+    keys_to_ignore_at_inference = ["past_key_values", "gates", "frame_mask"]  # noqa: RUF012 - transformers' own declaration
+
+    def __init__(
+        self,
+        audio_model: str | None = None,
+        text_model: str | None = None,
+        audio_revision: str | None = None,
+        text_revision: str | None = None,
+        audio_fingerprint: str | None = None,
+        text_fingerprint: str | None = None,
+        num_experts: int = 8,
+        top_k: int | None = None,
+        renormalize: bool = True,
+        steering_scale: float = 0.1,
+        pool: str | None = "max",
+        pool_size: int = 4,
+        backend: str = "auto",
+        audio_token: str = AUDIO_TOKEN,
+        audio_token_id: int | None = None,
+        audio_padding: str = "longest",
+        **kwargs: Any,
+    ) -> None:
+        if pool not in _POOLS:
+            raise ValueError(f"pool must be 'max', 'mean' or None, got {pool!r}")
+        if not isinstance(pool_size, int) or pool_size < 1:
+            raise ValueError(f"pool_size must be a whole number of at least 1, got {pool_size!r}")
+        if pool is None:
+            pool_size = 1
+        check_audio_padding(audio_padding)
+        self.audio_model = audio_model
+        self.text_model = text_model
+        self.audio_revision = audio_revision
+        self.text_revision = text_revision
+        self.audio_fingerprint = audio_fingerprint
+        self.text_fingerprint = text_fingerprint
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.steering_scale = steering_scale
+        self.pool = pool
+        self.pool_size = pool_size
+        self.backend = backend
+        self.audio_token = audio_token
+        self.audio_token_id = audio_token_id
+        self.audio_padding = audio_padding
+        super().__init__(**kwargs)
+
+
+def check_audio_padding(audio_padding: str) -> None:
+    """ValueError for an ``audio_padding`` that does not exist."""
+    if audio_padding not in _PADDINGS:
+        raise ValueError(f"audio_padding must be 'longest' or 'max_length', got {audio_padding!r}")
