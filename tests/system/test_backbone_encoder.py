@@ -18,7 +18,7 @@ from transformers import AutoFeatureExtractor, AutoModel, WhisperFeatureExtracto
 pytest.importorskip("espeakng_loader", reason="the encoder's training and its measurement need the espeakng-loader wheel")
 
 from steermoe.backbones import encoder_path, train_encoder
-from steermoe.backbones.train_encoder import CHARACTERS, PHONEMES, Clip, collate, encode, load, measure, spell, text
+from steermoe.backbones.train_encoder import CHARACTERS, PHONEMES, Clip, _stretched, collate, encode, load, measure, spell, text
 from steermoe.demo.phrases import LEXICON, split_of
 from steermoe.demo.speech import HELD_OUT_VOICES, SAMPLING_RATE, TRAINING_VOICES, Voice, utter
 
@@ -113,6 +113,20 @@ def test_features_are_the_extractors_own() -> None:
     whole = np.pad(audio, (0, int(batch.frames[0]) * 320 - len(audio)))
     expected = WhisperFeatureExtractor()(whole, sampling_rate=SAMPLING_RATE, padding=False, return_tensors="pt").input_features
     torch.testing.assert_close(batch.features, expected)
+
+
+@pytest.mark.parametrize(("hertz", "factor"), [(800, 1.25), (2000, 1.3), (3000, 0.8), (7000, 0.8)])
+def test_a_stretched_tone_is_the_tone_at_the_stretched_frequency(hertz: int, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mel(frequency: float) -> Tensor:
+        tone = np.sin(2 * np.pi * frequency * np.arange(SAMPLING_RATE) / SAMPLING_RATE).astype(np.float32)
+        return WhisperFeatureExtractor()(tone, sampling_rate=SAMPLING_RATE, padding="do_not_pad", return_tensors="pt").input_features[0]
+
+    rng = random.Random(0)
+    monkeypatch.setattr(rng, "random", lambda: 0.9)
+    monkeypatch.setattr(rng, "uniform", lambda low, high: np.log(factor))
+    stretched = _stretched(mel(hertz), rng)
+    assert stretched.shape == mel(hertz).shape
+    assert abs(int(stretched[:, 50].argmax()) - int(mel(hertz * factor)[:, 50].argmax())) <= 1
 
 
 def test_frames_are_labelled_with_the_phoneme_heard_there() -> None:
