@@ -17,11 +17,11 @@ class SteerMoEConfig(PretrainedConfig):
     """The two frozen backbones by name, and the sizes of the aligner between them.
 
     ``audio_model`` and ``text_model`` are hub ids or paths, with ``audio_revision`` and ``text_revision`` where they are from a hub;
-    ``audio_fingerprint`` and ``text_fingerprint`` are the SHA-256 over their weights (`preservation.Fingerprint`), by which a checkpoint
-    knows them again. ``num_experts``, ``top_k``, ``renormalize``, ``steering_scale`` and ``backend`` are `FusedSteerMoE`'s. The encoder's
-    frames are pooled by ``pool`` ("max", "mean" or None) over ``pool_size`` frames. ``audio_token_id`` is the tokenizer's id of
-    ``audio_token``. ``audio_padding`` "longest" encodes a clip as long as it is, and "max_length" with silence up to the encoder's longest
-    input, as Whisper was trained. ValueError for values outside these.
+    ``audio_fingerprint`` and ``text_fingerprint`` are the SHA-256 over their weights (`Fingerprint.digest`). ``num_experts``, ``top_k``,
+    ``renormalize``, ``steering_scale`` and ``backend`` are `FusedSteerMoE`'s. The encoder's frames are pooled by ``pool`` ("max", "mean",
+    or None with a size of 1) over ``pool_size`` frames. ``audio_token_id`` is the tokenizer's id of ``audio_token``. ``audio_padding``
+    "longest" encodes a clip as long as it is, and "max_length" with silence up to the encoder's longest input, as Whisper was trained;
+    either way the language model reads the clip's own frames only. ValueError for values outside these.
     """
 
     model_type = "steermoe"
@@ -51,8 +51,8 @@ class SteerMoEConfig(PretrainedConfig):
             raise ValueError(f"pool must be 'max', 'mean' or None, got {pool!r}")
         if not isinstance(pool_size, int) or pool_size < 1:
             raise ValueError(f"pool_size must be a whole number of at least 1, got {pool_size!r}")
-        if pool is None:
-            pool_size = 1
+        if pool is None and pool_size != 1:
+            raise ValueError(f"pool None pools nothing, and pool_size must be 1 then, got {pool_size}")
         check_audio_padding(audio_padding)
         self.audio_model = audio_model
         self.text_model = text_model

@@ -46,7 +46,7 @@ class Fingerprint:
             return cls(dict(zip(weights, pool.map(digest, weights.items()), strict=True)))
 
     def matching(self, module: nn.Module) -> Fingerprint:
-        """The fingerprint of ``module`` in the dtypes of this one: equal to this one if it holds the same weights, however it stores them."""
+        """The fingerprint of ``module`` in the dtypes of this one: equal if it holds the same weights, however it stores them."""
         return Fingerprint.of(module, dtypes={name: dtype for name, (dtype, _, _) in self.tensors.items()})
 
     def differences(self, other: Fingerprint) -> list[str]:

@@ -142,6 +142,9 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for backbone in (audio, text):
             if isinstance(dtype, torch.dtype):
                 cast(backbone.module, dtype)
+                if backbone.name is None:
+                    # There is no file to go back to: what is known again is what has been used.
+                    backbone.fingerprint = Fingerprint.of(backbone.module)
             if device is not None:
                 backbone.module.to(device)
         model = cls.__new__(cls)
@@ -186,7 +189,7 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         `SteerMoEOutput`, or None, and the frame mask.
         """
         counts, size = self.frame_counts, self.config.pool_size
-        features = input_features.to(device=self.aligner.steering_vectors.device, dtype=self._encoder_dtype)
+        features = input_features.to(device=self.aligner.steering_vectors.device, dtype=self.encoder_dtype)
         length = features.shape[counts.time_dim]
         if feature_lengths is None:
             feature_lengths = torch.full((features.shape[0],), length)
@@ -200,7 +203,8 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.aligner.project(frames), counts.pooled(lengths, size), gates, heard
 
     @property
-    def _encoder_dtype(self) -> torch.dtype:
+    def encoder_dtype(self) -> torch.dtype:
+        """The dtype of the encoder's weights, and so of the features it takes."""
         return next(parameter.dtype for name, parameter in self.encoder.named_parameters() if not name.startswith("steering."))
 
     @property
@@ -397,13 +401,15 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attn_implementation: str | None = None,
         backend: str | None = None,
         revision: str | None = None,
+        check_backbones: bool = True,
         **kwargs: Any,
     ) -> SteerMoEForConditionalGeneration:
         """Put a model together again from a folder or hub repository that `save_pretrained` filled, and the backbones it names.
 
         ``audio_model`` and ``text_model`` say where the backbones are now: hub ids, paths or modules. ``dtype`` is the backbones', by
         default what they had when the checkpoint was saved, "auto" for that of their files; ``device`` (or ``device_map``, one device) is
-        for all of it. ``kwargs`` are what hubs take: ``token``, ``cache_dir``, ``local_files_only``, ``subfolder``.
+        for all of it. ``check_backbones`` False leaves the backbones' fingerprints uncompared, for who has just done so. ``kwargs`` are
+        what hubs take: ``token``, ``cache_dir``, ``local_files_only``, ``subfolder``.
 
         CheckpointError for a checkpoint that is cut off or damaged, or whose aligner was trained for other backbones than these, naming
         both; BackboneError for a backbone that cannot be had.
@@ -428,7 +434,8 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attn_implementation=attn_implementation,
         )
         for kind, trained_for, backbone in (("audio", settings.audio_model, audio), ("text", settings.text_model, text)):
-            _check_same(saved.folder, kind, trained_for, saved.fingerprints[kind], backbone)
+            if check_backbones:
+                _check_same(saved.folder, kind, trained_for, saved.fingerprints[kind], backbone)
             backbone.fingerprint = saved.fingerprints[kind]
         model = cls._assembled(settings, audio, text, dtype, device if device is not None else device_map)
         try:

@@ -41,14 +41,14 @@ def model_card(config: SteerMoEConfig, weights: Mapping[str, Tensor]) -> str:
 # SteerMoE aligner
 
 The trained part of a speech language model: after each of the {layers} layers of a frozen audio encoder of width {width}, a router mixes
-{experts} steering vectors ({routing} routing) into every frame; the frames are pooled ({pooling}) and projected to the embeddings of a frozen
-language model ([arXiv 2510.13558](https://arxiv.org/abs/2510.13558)). The backbones are not in this folder and not changed: they are
+{experts} steering vectors ({routing} routing) into every frame; the frames are pooled ({pooling}) and projected to the embeddings of a
+frozen language model ([arXiv 2510.13558](https://arxiv.org/abs/2510.13558)). The backbones are not in this folder and not changed: they are
 loaded from where they are, and their fingerprints are compared.
 
 | | backbone | revision | SHA-256 of its weights |
 | --- | --- | --- | --- |
-| audio encoder | {config.audio_model or "given as a module"} | {config.audio_revision or "-"} | `{config.audio_fingerprint}` |
-| language model | {config.text_model or "given as a module"} | {config.text_revision or "-"} | `{config.text_fingerprint}` |
+| audio encoder | {_shown(config.audio_model)} | {config.audio_revision or "-"} | `{config.audio_fingerprint}` |
+| language model | {_shown(config.text_model)} | {config.text_revision or "-"} | `{config.text_fingerprint}` |
 
 | trained | parameters |
 | --- | --- |
@@ -66,3 +66,10 @@ print(processor.batch_decode(tokens, skip_special_tokens=True)[0])
 
 `samples` are mono float32 at `processor.sampling_rate`. Saved by steermoe {__version__}.
 """
+
+
+def _shown(name: str | None) -> str:
+    """A hub's id as it is; of a folder only its own name, as the card may be published."""
+    if name is None:
+        return "given as a module"
+    return os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name

@@ -81,7 +81,7 @@ class SteeredWhisperLayer(SteeredLayer):
 
 
 class SteeredWhisperEncoder(Steered):
-    """``WhisperEncoder``, steered. The library's own forward takes inputs of the full length; `_forward_any` takes shorter and masked ones."""
+    """``WhisperEncoder``, steered. The library's own forward runs inputs of full length, `_forward_any` shorter and masked ones."""
 
     _forward_any: ClassVar[Any]
 
