@@ -97,7 +97,7 @@ class Lesson:
             listed = phrase.text.split()
             start = rng.randrange(len(listed))
             phrase = Phrase(" ".join(listed[start : start + rng.randint(1, 3)]))
-        if kind == WRITTEN and rng.random() < 0.3:
+        if kind == WRITTEN and rng.random() < 0.2:
             # Repeating is of anything written, words that do not exist included.
             text = self.gibberish() if rng.random() < 0.5 else phrase.text
             phrase = Phrase(text)
