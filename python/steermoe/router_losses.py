@@ -8,7 +8,7 @@ is, without gradient: these losses move the router alone, never the steering vec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,30 +18,37 @@ from torch.nn import functional as F
 
 from steermoe_kernels import FusedSteerMoE
 
-__all__ = ["SampledLogits", "load_balancing_loss", "record_router_logits", "router_z_loss"]
+__all__ = ["SampledLogits", "load_balancing_loss", "record_router_logits", "router_z_loss", "valid_logits"]
 
 # Frames of a layer and pass whose logits are computed again: enough for means over a few experts, and little beside the encoder's own work.
 SAMPLED_FRAMES = 2048
 
 
 class SampledLogits(NamedTuple):
-    """The logits (S, E) of every ``stride``-th of a layer's frames, counted over all clips of the batch."""
+    """The logits (S, E) of every ``stride``-th frame of a pass, counted over all its clips."""
 
     logits: Tensor
     stride: int
 
-    def valid(self, frame_mask: Tensor | None) -> Tensor:
-        """(valid frames of the sample, E), by ``frame_mask`` (clips, frames), True where a frame is audio; None: all are."""
-        return self.logits if frame_mask is None else self.logits[frame_mask.reshape(-1)[:: self.stride]]
+
+def valid_logits(passes: Sequence[SampledLogits], frame_mask: Tensor | None) -> Tensor:
+    """(valid frames of the samples, E) from a layer's passes over a batch.
+
+    A single pass holds the padding that ``frame_mask`` (clips, frames) tells, True where a frame is audio; None: there is none. An encoder
+    that cannot mask padding is given the clips of each length apart, in several passes, and these hold no padding.
+    """
+    if len(passes) > 1 or frame_mask is None:
+        return torch.cat([sampled.logits for sampled in passes])
+    return passes[0].logits[frame_mask.reshape(-1)[:: passes[0].stride]]
 
 
 @contextmanager
-def record_router_logits(aligner: FusedSteerMoE, frames: int = SAMPLED_FRAMES) -> Iterator[dict[int, SampledLogits]]:
-    """A dict, layer -> `SampledLogits`, filled by every pass inside the block; a layer's latest pass stays.
+def record_router_logits(aligner: FusedSteerMoE, frames: int = SAMPLED_FRAMES) -> Iterator[dict[int, list[SampledLogits]]]:
+    """A dict, layer -> its passes inside the block, each by about ``frames`` of its frames, at least one.
 
-    About ``frames`` frames a layer, at least one, evenly spaced and so the same in every run. Differentiable in the router's weights only.
+    The frames are evenly spaced, and so the same in every run. Differentiable in the router's weights only.
     """
-    record: dict[int, SampledLogits] = {}
+    record: dict[int, list[SampledLogits]] = {}
 
     def sample(layer: int, x: Tensor, residual: Tensor | None) -> None:
         width = x.shape[-1]
@@ -51,7 +58,7 @@ def record_router_logits(aligner: FusedSteerMoE, frames: int = SAMPLED_FRAMES) -
             u = u + residual.detach().reshape(-1, width)[::stride].float()
         weight, bias, *_ = aligner.layer(layer)
         with torch.autocast(u.device.type, enabled=False):
-            record[layer] = SampledLogits(F.linear(u, weight.float(), bias.float()), stride)
+            record.setdefault(layer, []).append(SampledLogits(F.linear(u, weight.float(), bias.float()), stride))
 
     def before_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample(args[1] if len(args) > 1 else kwargs.get("layer", 0), args[0] if args else kwargs["h"], None)

@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 
 from .checkpoints import CheckpointError, checkpoints_in, remove_old, seal, staging_folder
 from .data import Corpus, LengthBucketSampler
 from .error_rates import UNSPACED_LANGUAGES, language_code, word_errors
 from .evaluation import Evaluation, evaluate, exact_match
-from .router_losses import load_balancing_loss, record_router_logits, router_z_loss
+from .router_losses import load_balancing_loss, record_router_logits, router_z_loss, valid_logits
 from .statistics import RouterCounts, append_statistics, drop_statistics_after
 from .training_callbacks import EarlyStopping, Interruption, ProgressBar
 from .training_config import TrainingConfig
@@ -35,6 +37,7 @@ __all__ = ["GROUPS", "AlignerTrainer", "parameter_groups"]
 logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "training_config.yaml"
 STATISTICS_NAME = "router_statistics.jsonl"
 LOSS_STATE_NAME = "loss_state"
 # The last part of the names of the aligner's parameters, by group.
@@ -170,7 +173,7 @@ class AlignerTrainer(Trainer):
                 model, {**inputs, "output_gates": counted or routed}, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
         if routed:
-            logits = [sampled.valid(outputs["frame_mask"]) for sampled in record.values()]
+            logits = [valid_logits(passes, outputs["frame_mask"]) for passes in record.values()]
             balance = torch.stack([load_balancing_loss(layer, aligner.top_k) for layer in logits]).mean()
             z = torch.stack([router_z_loss(layer) for layer in logits]).mean()
             weighted = settings.load_balancing_weight * balance + settings.z_loss_weight * z
@@ -202,7 +205,7 @@ class AlignerTrainer(Trainer):
         self._saving_space(super().log, logs, start_time)
 
     def _log_router(self, logs: dict[str, float]) -> None:
-        counts = self._counts.statistics(self._bare.aligner.layer_scales, self._sum_over_processes)
+        counts = self._counts.statistics(_whole(self._bare.aligner.layer_scales), self._sum_over_processes)
         self._counts.reset()
         if counts is None:
             return
@@ -352,7 +355,7 @@ class AlignerTrainer(Trainer):
             remove_old(self.run, self.args.save_total_limit, self.state.best_global_step)
 
     def _write_checkpoint(self, folder: Path) -> None:
-        broken = [name for name, parameter in self._bare.trained_parameters().items() if not bool(parameter.isfinite().all())]
+        broken = [name for name, parameter in self._bare.trained_parameters().items() if not bool(_whole(parameter).isfinite().all())]
         if broken:
             raise FloatingPointError(f"{', '.join(broken)} hold values that are no numbers any more")
         self.save_model(str(folder), _internal_call=True)
@@ -379,12 +382,37 @@ class AlignerTrainer(Trainer):
         found = checkpoints_in(self.run)
         return f"{found[-1]} is untouched, resume from there" if found else "there is no earlier checkpoint"
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the trained weights, the processor and the configuration. Every process has to call it: weights may be sharded."""
+        weights = {name: _whole(parameter) for name, parameter in self._bare.trained_parameters().items()}
         if self.args.should_save:
             folder = Path(output_dir or self.run)
-            self._bare.save_pretrained(folder)
+            self._bare.save_pretrained(folder, state_dict={f"encoder.steering.{name}": value for name, value in weights.items()})
             self.processor.save_pretrained(folder)
-            self.config.save(folder / "training_config.yaml")
+            self.config.save(folder / CONFIG_NAME)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """transformers' own would save the frozen weights along, where these are sharded or in DeepSpeed's hands."""
+        model: Any = self.model_wrapped
+        if self.is_fsdp_enabled:
+            save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        elif self.is_deepspeed_enabled:
+            model.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.args.should_save and self.lr_scheduler is not None:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        # Not strictly: the frozen weights are not among what was saved.
+        engine: Any = self.model_wrapped
+        engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _loss_state(self, folder: str) -> Path:
         return Path(folder) / f"{LOSS_STATE_NAME}_{self.args.process_index}.pt"
@@ -412,7 +440,17 @@ class AlignerTrainer(Trainer):
             raise CheckpointError(f"{folder / WEIGHTS_NAME} does not hold the trained weights of this model")
         with torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(saved[name])
+                if isinstance(parameter, DTensor):
+                    parameter.copy_(distribute_tensor(saved[name].to(parameter.device), parameter.device_mesh, parameter.placements))
+                else:
+                    parameter.copy_(saved[name])
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """The values of a parameter, gathered from all processes if it is sharded: then each of them has to ask."""
+    values: Any = parameter.detach()
+    whole: Tensor = values.full_tensor() if isinstance(values, DTensor) else values
+    return whole
 
 
 class _EpochOrder(TrainerCallback):

@@ -20,7 +20,7 @@ from .error_rates import word_errors
 from .evaluation import Evaluation
 from .model import SteerMoEForConditionalGeneration
 from .processor import SteerMoEProcessor
-from .trainer import LOSS_STATE_NAME, AlignerTrainer, runs_on_cpu
+from .trainer import CONFIG_NAME, LOSS_STATE_NAME, AlignerTrainer, runs_on_cpu
 from .training_config import ModelConfig, TrainingConfig, load_config
 
 __all__ = ["TrainingResult", "build", "train"]
@@ -28,7 +28,6 @@ __all__ = ["TrainingResult", "build", "train"]
 logger = logging.getLogger(__name__)
 
 BAD_ROWS_NAME = "bad_rows.jsonl"
-CONFIG_NAME = "training_config.yaml"
 # What a resumed run may do otherwise than the run that made the checkpoint: nothing that the loss depends on.
 RESUMABLE = frozenset(
     {

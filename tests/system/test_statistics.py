@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from steermoe.router_losses import load_balancing_loss, record_router_logits, router_z_loss
+from steermoe.router_losses import load_balancing_loss, record_router_logits, router_z_loss, valid_logits
 from steermoe.statistics import RouterCounts, RouterStatistics, append_statistics, drop_statistics_after, read_statistics
 from steermoe_kernels import FusedSteerMoE
 
@@ -148,15 +148,17 @@ def test_recorded_logits_are_the_routers_own(top_k: int | None, frames: int) -> 
         y = aligner(x, 0)
         y, _ = aligner.steer_norm(y, 1, norm, residual=residual)
     assert record.keys() == gates.keys() == {0, 1}
-    for layer, sampled in record.items():
+    for layer, (sampled,) in record.items():
         chosen = gates[layer].reshape(-1, 4)[:: sampled.stride]
         assert 1 <= len(sampled.logits) <= 2 * frames
         if top_k is None:
             assert torch.allclose(sampled.logits.softmax(-1), chosen, atol=1e-6)
         else:
             assert torch.equal(sampled.logits.topk(top_k).indices.sort(-1).values, chosen.topk(top_k).indices.sort(-1).values)
-        assert len(sampled.valid(mask)) == int(mask.reshape(-1)[:: sampled.stride].sum())
-    sum(router_z_loss(sampled.logits) for sampled in record.values()).backward()  # type: ignore[union-attr]
+        assert len(valid_logits([sampled], mask)) == int(mask.reshape(-1)[:: sampled.stride].sum())
+        # Clips encoded one length at a time come in several passes, none with padding.
+        assert len(valid_logits([sampled, sampled], mask)) == 2 * len(sampled.logits) == 2 * len(valid_logits([sampled], None))
+    sum(router_z_loss(sampled.logits) for (sampled,) in record.values()).backward()  # type: ignore[union-attr]
     assert aligner.router.weight.grad is not None and aligner.router.weight.grad.abs().sum() > 0
     assert aligner.steering_vectors.grad is None and x.grad is None
     assert "steer_norm" not in vars(aligner) and not aligner._forward_pre_hooks
