@@ -200,7 +200,7 @@ def verify(
 
     result = run(checkpoint, audio_model=audio_model, text_model=text_model)
     _show(result)
-    raise typer.Exit(0 if result.preserved else 1)
+    raise typer.Exit(0 if result.passed else 1)
 
 
 @app.command()

@@ -289,7 +289,7 @@ def _summary(result: DemoResult, report: Path) -> Table:
     table.add_row("trained", *(_words(rival.trained).split(" on ")[0] for rival in rivals))
     sentence, question, _, answer = result.question
     table.add_row(f"{question} ({sentence})", answer, "")
-    table.add_row("backbones", "bit-identical" if result.preservation.preserved else "CHANGED", "")
+    table.add_row("backbones", "bit-identical" if result.preservation.passed else "CHANGED", "")
     table.add_row("all of it", f"{result.seconds:.0f} s", "")
     table.caption = str(report)
     return table

@@ -50,7 +50,7 @@ def wer_by_voice(evaluation: Evaluation) -> dict[str, float]:
 def _page(result: DemoResult) -> str:
     rivals = (result.steered, result.projection)
     sentence, question, expected, answer = result.question
-    preserved = result.preservation.preserved
+    preserved = result.preservation.passed
     fused, reference = result.timings.get("cpu"), result.timings.get("reference")
     parts = [
         "<h1>SteerMoE demo</h1>",
@@ -73,7 +73,7 @@ def _page(result: DemoResult) -> str:
     ]
     if result.usage is not None:
         parts += ["<h2>The router</h2>", _image(_router(result.usage), "load by layer and expert, and layer scales")]
-    parts += ["<h2>Backbones</h2>", f"<pre>{html.escape(str(result.preservation))}</pre>"]
+    parts += ["<h2>Backbones</h2>", f"<pre>{html.escape(result.preservation.report())}</pre>"]
     parts += ["<h2>Time</h2>", _table(["", "seconds"], [[name, _number(f"{seconds:.3f}")] for name, seconds in _times(result)])]
     if fused and reference:
         parts.append(f"<p>The fused kernels make a training step {reference / fused:.2f} times as fast as the reference's here.</p>")
