@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 
 from .checkpoints import CheckpointError, checkpoints_in, remove_old, seal, staging_folder
@@ -155,8 +155,7 @@ class AlignerTrainer(Trainer):
 
     def _get_learning_rate(self) -> float:
         """The first group's rate; called between an optimizer step and the schedule's, where every group's is taken for the log."""
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        self._rates = {group["name"]: float(group["lr"]) for group in groups}
+        self._rates = {group["name"]: float(group["lr"]) for group in _present(self.optimizer).param_groups}
         return next(iter(self._rates.values()))
 
     # Loss
@@ -395,14 +394,31 @@ class AlignerTrainer(Trainer):
         """transformers' own would save the frozen weights along, where these are sharded or in DeepSpeed's hands."""
         model: Any = self.model_wrapped
         if self.is_fsdp_enabled:
-            save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir)
+            state = tree_map_only(DTensor, lambda value: value.full_tensor(), _present(self.optimizer).state_dict())
+            if self.args.should_save:
+                torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
         elif self.is_deepspeed_enabled:
             model.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        if self.args.should_save and self.lr_scheduler is not None:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        if self.args.should_save:
+            torch.save(_present(self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer = _present(self.optimizer)
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, values in state["state"].items():
+            for name, value in values.items():
+                # Moments have the parameter's shape and are sharded as it is; the count of steps is a number.
+                if value.shape == parameters[index].shape:
+                    values[name] = _sharded_like(value, parameters[index])
+        optimizer.load_state_dict(state)
+        _present(self.lr_scheduler).load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
@@ -440,10 +456,7 @@ class AlignerTrainer(Trainer):
             raise CheckpointError(f"{folder / WEIGHTS_NAME} does not hold the trained weights of this model")
         with torch.no_grad():
             for name, parameter in own.items():
-                if isinstance(parameter, DTensor):
-                    parameter.copy_(distribute_tensor(saved[name].to(parameter.device), parameter.device_mesh, parameter.placements))
-                else:
-                    parameter.copy_(saved[name])
+                parameter.copy_(_sharded_like(saved[name], parameter))
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -451,6 +464,18 @@ def _whole(parameter: Tensor) -> Tensor:
     values: Any = parameter.detach()
     whole: Tensor = values.full_tensor() if isinstance(values, DTensor) else values
     return whole
+
+
+def _sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of ``value`` where ``parameter`` is sharded, else ``value``; on the device of ``parameter``."""
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else value
+
+
+def _present(part: Any) -> Any:
+    """An optimizer or schedule that exists by the time it is asked for, which its type does not say."""
+    assert part is not None
+    return part
 
 
 class _EpochOrder(TrainerCallback):
