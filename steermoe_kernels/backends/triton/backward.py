@@ -156,8 +156,10 @@ def steer_backward_kernel(
         start = tile * BLOCK_N
         frames = tl.arange(0, BLOCK_N)
         valid = frames < count - start
-        mean, rstd = load_pair(from_row(stats, start, 1), frames, valid, count)
-        dy_tile, dnormed_tile, y_tile = from_row(dy, start, D), from_row(dnormed, start, D), from_row(y, start, D)
+        mean, rstd = load_pair(stats, start, frames, valid, count)
+        dy_tile = dy if dy is None else from_row(dy, start, D)
+        dnormed_tile = dnormed if dnormed is None else from_row(dnormed, start, D)
+        y_tile = from_row(y, start, D)
 
         mean_t, mean_txhat = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
         dV = tl.zeros((SPLIT, BLOCK_N, BLOCK_E), tl.float32)
@@ -303,13 +305,13 @@ def parameter_gradient_kernel(
             dz = tl.load(from_row(dz_out, start, E) + places, mask=inside, other=0.0)
         if VECTORS:
             g = tl.load(from_row(gates, start, E) + places, mask=inside, other=0.0)
-        _, rstd = load_pair(from_row(stats, start, 1), frames, valid, count)
-        slope, offset = load_pair(from_row(rows_out, start, 1), frames, valid, count)
+        _, rstd = load_pair(stats, start, frames, valid, count)
+        slope, offset = load_pair(rows_out, start, frames, valid, count)
         dweight, dvectors = add_products(
             dweight,
             dvectors,
-            from_row(dy, start, D),
-            from_row(dnormed, start, D),
+            dy if dy is None else from_row(dy, start, D),
+            dnormed if dnormed is None else from_row(dnormed, start, D),
             from_row(h, start, D),
             norm_weight,
             g,

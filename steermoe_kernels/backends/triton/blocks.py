@@ -65,17 +65,17 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def choose_forward_blocks(width: int, num_experts: int, dtype: torch.dtype, pooled: bool) -> Blocks:
-    """Tiles of the forward kernel. A pooling has a whole window's tiles to address, and eight warps to do it."""
+    """Tiles of the forward kernel. A pooling has a whole window's tiles to address: more warps do it, on fewer frames."""
     few = num_experts <= 16
-    return _row_blocks(width, num_experts, dtype, 4 if few and not pooled else 8, 3 if few else 2)
+    return _row_blocks(width, num_experts, dtype, 4 if few and not pooled else 8, 3 if few else 2, FRAMES if pooled else 2 * FRAMES)
 
 
 def choose_backward_blocks(width: int, num_experts: int, dtype: torch.dtype, parameters: bool) -> Blocks:
     """Tiles of the backward kernel; eight warps where the parameters' sums live in registers, which takes all of them."""
-    wide = _row_blocks(width, num_experts, dtype, 8, 2)
+    wide = _row_blocks(width, num_experts, dtype, 8, 2, 2 * FRAMES)
     if num_experts > 16 or (parameters and sums_fit_in_registers(wide, dtype)):
         return wide
-    return _row_blocks(width, num_experts, dtype, 4, 2)
+    return _row_blocks(width, num_experts, dtype, 4, 2, FRAMES)
 
 
 def choose_column_blocks(width: int) -> Blocks:
@@ -89,22 +89,22 @@ def sums_fit_in_registers(blocks: Blocks, dtype: torch.dtype) -> bool:
     return 2 * blocks.experts * blocks.padded_width <= (64 if dtype == torch.float32 else 80) * 32 * blocks.num_warps
 
 
-def _row_blocks(width: int, num_experts: int, dtype: torch.dtype, num_warps: int, stages: int) -> Blocks:
+def _row_blocks(width: int, num_experts: int, dtype: torch.dtype, num_warps: int, stages: int, most_frames: int) -> Blocks:
     experts, narrow, widest = max(8, _power_of_two(num_experts)), dtype == torch.float32, max(16, _power_of_two(width))
     if experts <= 16:  # all warps share a step's columns, 16 each at least
         step = min(widest, max(16 * num_warps, 64 if narrow else 128))
         num_warps = min(num_warps, step // 16)
         return _blocks(width, FRAMES, step, experts, num_warps, num_warps, stages)
-    frames = 2 * FRAMES if experts <= 64 else FRAMES
+    frames = most_frames if experts <= 64 else FRAMES
     return _blocks(width, frames, min(widest, max(16, min(32 if narrow else 64, 4096 // experts))), experts, num_warps, 1, stages)
 
 
 def choose_parameter_blocks(width: int, num_experts: int, dtype: torch.dtype) -> Blocks:
     """Tiles of the kernel that sums dW and dV where they do not fit in registers. Up to 64 experts the stream is read once; every warp has
     its own columns, and all frames of a tile are an operand of every warp, so that many experts allow few frames."""
-    experts = min(64, max(8, _power_of_two(num_experts)))
-    step = min(64 if dtype == torch.float32 else 128, max(16, _power_of_two(width)))
-    return _blocks(width, 16 if experts == 64 else 32, step, experts, 8 if experts == 64 else 4, stages=2)
+    experts, narrow = min(64, max(8, _power_of_two(num_experts))), dtype == torch.float32
+    step = min(128 if experts == 64 and not narrow else 64, max(16, _power_of_two(width)))
+    return _blocks(width, FRAMES if experts == 64 or narrow else 2 * FRAMES, step, experts, 8 if experts == 64 else 4, stages=2)
 
 
 def choose_reduction_blocks(width: int, num_experts: int) -> Blocks:

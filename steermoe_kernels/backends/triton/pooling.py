@@ -40,7 +40,7 @@ def unpool_kernel(
     window = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = window < windows
     clip_start, first = window // windows_per_clip * frames_per_clip, window % windows_per_clip * pool_size
-    mean, rstd = load_pair(stats, window, exists, windows)
+    mean, rstd = load_pair(stats, 0, window, exists, windows)
     centre, slope = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     for chunk in range(CHUNKS):
         columns = columns_of(chunk, BLOCK_D)
@@ -96,7 +96,7 @@ def norm_gradient_kernel(
         dn = load_frames(dnormed, window, exists, columns, D).to(tl.float32)
         dbeta += tl.sum(dn, 0)
         if dgamma_partials is not None:
-            mean, rstd = load_pair(stats, window, exists, windows)
+            mean, rstd = load_pair(stats, 0, window, exists, windows)
             p, _ = pool_again(y, clip_start, first, exists, frames_per_clip, pool_size, columns, D, POOL)
             dgamma += tl.sum(dn * normalized(p, mean, rstd, columns, D), 0)
     if dgamma_partials is not None:

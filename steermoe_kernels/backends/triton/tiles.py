@@ -20,9 +20,7 @@ def columns_of(chunk, BLOCK_D: tl.constexpr):
 @triton.jit
 def from_row(pointer, row, size: tl.constexpr):
     """A tensor (N, size) from ``row`` on. The row is int64, N * size may pass 2^31; what is left to add to it does not."""
-    if pointer is not None:
-        pointer += row * size
-    return pointer
+    return pointer + row * size
 
 
 @triton.jit
@@ -53,12 +51,12 @@ def load_width(pointer, columns, D: tl.constexpr):
 
 
 @triton.jit
-def load_pair(pointer, frames, valid, count):
-    """Two numbers a frame, each (n,), from a (2, count) tensor; zeros where there is none."""
+def load_pair(pointer, start, frames, valid, count):
+    """Two numbers for each of the frames from ``start`` on, each (n,), from a (2, count) tensor; zeros where there is none."""
     one, two = tl.zeros(frames.shape, tl.float32), tl.zeros(frames.shape, tl.float32)
     if pointer is not None:
-        one = tl.load(pointer + frames, mask=valid, other=0.0)
-        two = tl.load(pointer + count + frames, mask=valid, other=0.0)
+        one = tl.load(from_row(pointer, start, 1) + frames, mask=valid, other=0.0)
+        two = tl.load(from_row(pointer, count + start, 1) + frames, mask=valid, other=0.0)
     return one, two
 
 
