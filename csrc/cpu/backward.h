@@ -6,9 +6,11 @@
 //   dz = g (dg - sum_e g dg)          du = d + dz W
 //   dW = dz^T u     db = sum dz       dV = s g^T d
 //
-// u = y - s (g V) is not even recomputed, a frame at a time: with G = dz^T g, an (E, E) sum, dW = dz^T y - s G V.
+// u = y - s (g V) never leaves the registers: it is made where dW reads it. (dW = dz^T y - s (dz^T g) V would be cheaper, and wrong: where
+// the steering is large, the difference of two long sums has few digits left.)
 //
-// Each shard sums its own dW, dV, ...; a second pass adds the shards up in order, so that results repeat to the bit.
+// Each shard sums its own dW, dV, ...; a second pass adds the shards up in order. How the frames are cut into shards depends on the problem
+// alone, so results repeat to the bit, whatever the number of threads.
 #pragma once
 
 #include <vector>
@@ -19,24 +21,59 @@
 
 namespace steer::cpu::STEER_NAMESPACE {
 
-// One shard's sums. What is small is summed in double: the sums are long.
+// Sums over very many rows of an array of numbers. A chain of n additions in float32 rounds off about sqrt(n) / 7 units in the last place,
+// more than plain PyTorch's blocked products do once n is in the thousands: so chains are short, and their ends are summed in double.
+template <typename C>
+class LongSum {
+ public:
+  void start(std::int64_t count) {
+    count_ = count;
+    std::fill_n(recent_.reserve(count), count, C(0));
+  }
+  bool wanted() const { return count_ > 0; }
+  C* recent() { return recent_.data(); }  // to be added to; null where not wanted
+
+  void end_chain() {
+    if (!wanted()) return;
+    C* recent = recent_.data();
+    const bool first = ended_.data() == nullptr;
+    double* ended = ended_.reserve(count_);
+    for (std::int64_t i = 0; i < count_; ++i) ended[i] = first ? recent[i] : ended[i] + recent[i];
+    std::fill_n(recent, count_, C(0));
+  }
+
+  // total[i] += sum[at + i] for i < count
+  void add_to(double* total, std::int64_t at, std::int64_t count) {
+    const C* recent = recent_.data() + at;
+    for (std::int64_t i = 0; i < count; ++i) total[i] += recent[i];
+    if (ended_.data() == nullptr) return;
+    const double* ended = ended_.data() + at;
+    for (std::int64_t i = 0; i < count; ++i) total[i] += ended[i];
+  }
+
+ private:
+  std::int64_t count_ = 0;
+  Buffer<C> recent_;
+  Buffer<double> ended_;
+};
+
+// One shard's sums. What is small is summed in double throughout.
 template <typename C>
 struct Partial {
-  Buffer<C> dW, dV, dgamma, dbeta;
-  std::vector<double> G, db;
+  LongSum<C> dW, dV, dgamma, dbeta;
+  std::vector<double> db;
   double ds = 0;
 
-  Partial(const Backward& call, std::int64_t stride) {
-    const Problem& p = call.problem;
-    const auto zeros = [](Buffer<C>& buffer, std::int64_t count) { std::fill_n(buffer.reserve(count), count, C(0)); };
-    if (call.dweight != nullptr) {
-      zeros(dW, p.experts * stride);  // dz^T y, until G V is taken off
-      G.assign(p.experts * p.experts, 0.0);
-    }
-    if (call.dvectors != nullptr) zeros(dV, p.experts * stride);
-    if (call.dnorm_weight != nullptr) zeros(dgamma, stride);
-    if (call.dnorm_bias != nullptr) zeros(dbeta, stride);
-    db.assign(p.experts, 0.0);
+  Partial(const Backward& call, std::int64_t stride) : db(call.problem.experts, 0.0) {
+    const std::int64_t matrix = call.problem.experts * stride;
+    if (call.dweight != nullptr) dW.start(matrix);
+    if (call.dvectors != nullptr) dV.start(matrix);
+    if (call.dnorm_weight != nullptr) dgamma.start(stride);
+    if (call.dnorm_bias != nullptr) dbeta.start(stride);
+  }
+
+  void end_chains() {
+    for (LongSum<C>* sum : {&dW, &dV, &dgamma, &dbeta}) sum->end_chain();
   }
 };
 
@@ -44,25 +81,26 @@ template <typename C, typename S>
 class BackwardPass {
   using V = Vector<C>;
   static constexpr int kLanes = V::kLanes;
-  static constexpr int kBlock = 4 * V::kRows;  // rows whose outer products are added up before they touch dW and dV
 
  public:
+  static constexpr int kBlock = 4 * V::kRows;  // rows whose outer products are added up before they touch dW and dV
+  static constexpr int kChain = 192 / kBlock;  // blocks that are summed in C
+
   BackwardPass(const Backward& call, const Operands<C>& operands, Partial<C>& partial)
       : call_(call), p_(call.problem), operands_(operands), partial_(partial), stride_(operands.stride) {
     const bool routed = call.du != nullptr || call.dweight != nullptr || call.dbias != nullptr;
     needs_dz_ = routed;
     needs_a_ = routed || call.dscale != nullptr;
-    const std::int64_t E = p_.experts, rows = 2 * kBlock + 4;
+    const std::int64_t E = p_.experts, rows = kBlock + 4;
     scratch_.reserve(rows * stride_ + (2 * kBlock + V::kRows + 1) * E);
     C* next = scratch_.data();
     const auto take = [&next](std::int64_t count) { return std::exchange(next, next + count); };
-    y_ = take(kBlock * stride_);
     d_ = take(kBlock * stride_);
     pooled_ = take(stride_);
     dp_ = take(stride_);
     t_ = take(stride_);
     zero_ = take(stride_);
-    std::fill(y_, zero_ + stride_, C(0));
+    std::fill(d_, zero_ + stride_, C(0));
     dz_ = take(kBlock * E);
     sg_ = take(kBlock * E);
     a_ = take(V::kRows * E);
@@ -71,7 +109,14 @@ class BackwardPass {
   }
 
   void run(Shard shard) {
-    for (std::int64_t row = shard.first; row < shard.last; row += kBlock) block(row, std::min<std::int64_t>(kBlock, shard.last - row));
+    int chain = 0;
+    for (std::int64_t row = shard.first; row < shard.last; row += kBlock) {
+      if (chain++ == kChain) {
+        partial_.end_chains();
+        chain = 1;
+      }
+      block(row, std::min<std::int64_t>(kBlock, shard.last - row));
+    }
   }
 
  private:
@@ -80,26 +125,37 @@ class BackwardPass {
     for (; r + V::kRows <= count; r += V::kRows) differentiate_rows<V::kRows>(first + r, r);
     for (; r < count; ++r) differentiate_rows<1>(first + r, r);
     for (; r < kBlock; ++r) {  // absent rows of a short block: zeros times zero
-      y_rows_[r] = d_rows_[r] = zero_;
+      y_rows_[r] = reinterpret_cast<const S*>(zero_);
+      d_rows_[r] = zero_;
       std::fill_n(dz_ + r * p_.experts, p_.experts, C(0));
       std::fill_n(sg_ + r * p_.experts, p_.experts, C(0));
     }
-    if (call_.dweight != nullptr) {
-      outer<C, kBlock>(y_rows_, dz_, p_.experts, stride_, partial_.dW.data());
-      add_to_G(static_cast<const C*>(call_.gates) + first * p_.experts, count);
+    if (call_.dweight != nullptr)
+      outer<C, kBlock>([&](auto whole, std::int64_t c, V* u) { undo(whole, c, u); }, dz_, p_.experts, p_.width, partial_.dW.recent());
+    if (call_.dvectors != nullptr) {
+      const auto load_d = [&](auto, std::int64_t c, V* d) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kBlock; ++i) d[i] = V::load(d_rows_[i] + c).kept();
+      };
+      outer<C, kBlock>(load_d, sg_, p_.experts, p_.width, partial_.dV.recent());
     }
-    if (call_.dvectors != nullptr) outer<C, kBlock>(d_rows_, sg_, p_.experts, stride_, partial_.dV.data());
   }
 
-  // G += dz^T g over the rows of a block.
-  void add_to_G(const C* gates, std::int64_t count) {
+  // u = y - (s g) V of a block's rows, one register of each from column c on.
+  template <bool whole>
+  void undo(std::bool_constant<whole> is_whole, std::int64_t c, V* u) const {
     const std::int64_t E = p_.experts;
+    const C* vectors = operands_.V + blocked<C>(0, c, E);
+    V steering[kBlock];
+#pragma GCC unroll 16
+    for (int r = 0; r < kBlock; ++r) steering[r] = V::zero();
     for (std::int64_t e = 0; e < E; ++e) {
-      std::fill_n(dg_, E, C(0));
-      for (std::int64_t r = 0; r < count; ++r)
-        for (std::int64_t f = 0; f < E; ++f) dg_[f] += dz_[r * E + e] * gates[r * E + f];
-      for (std::int64_t f = 0; f < E; ++f) partial_.G[e * E + f] += dg_[f];
+      const V v = V::load(vectors + e * kColumns<C>).kept();
+#pragma GCC unroll 16
+      for (int r = 0; r < kBlock; ++r) steering[r] = fma(V::set(sg_[r * E + e]), v, steering[r]);
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < kBlock; ++r) u[r] = load_up_to<C>(y_rows_[r] + c, p_.width - c, is_whole) - steering[r];
   }
 
   // Rows first .. first + R, the rows `at` .. of this block.
@@ -111,11 +167,8 @@ class BackwardPass {
     const C** d = d_rows_ + at;
     for (int r = 0; r < R; ++r) d[r] = gradient_at_y(first + r, d_ + (at + r) * stride_);
 
-    if (call_.dvectors != nullptr)
-      for (std::int64_t i = 0; i < R * E; ++i) sg_[at * E + i] = s * g[i];
-
-    if (call_.dweight != nullptr)
-      for (int r = 0; r < R; ++r) y_rows_[at + r] = widened_y(first + r, y_ + (at + r) * stride_);
+    for (int r = 0; r < R; ++r) y_rows_[at + r] = static_cast<const S*>(call_.y) + (first + r) * D;
+    for (std::int64_t i = 0; i < R * E; ++i) sg_[at * E + i] = s * g[i];
 
     if (!needs_a_) return;
     dots<C, R>(d, operands_.V, E, stride_, a_);
@@ -197,7 +250,7 @@ class BackwardPass {
     const C mean = stats[row], rstd = stats[p_.batch * p_.pooled + row];
     const S* dn = static_cast<const S*>(call_.dnormed) + row * D;
     const C* gamma = operands_.gamma;
-    C *dgamma = partial_.dgamma.data(), *dbeta = partial_.dbeta.data();
+    C *dgamma = partial_.dgamma.recent(), *dbeta = partial_.dbeta.recent();
     const V center = V::set(mean), scale = V::set(rstd);
     V sum_t = V::zero(), sum_tx = V::zero();
     for (std::int64_t c = 0; c < D; c += kLanes) {
@@ -227,62 +280,51 @@ class BackwardPass {
   std::int64_t stride_;
   bool needs_a_, needs_dz_;
   Buffer<C> scratch_;
-  C *y_, *d_, *pooled_, *dp_, *t_, *zero_, *dz_, *sg_, *a_, *dg_;
-  const C* y_rows_[kBlock];
+  C *d_, *pooled_, *dp_, *t_, *zero_, *dz_, *sg_, *a_, *dg_;
+  const S* y_rows_[kBlock];
   const C* d_rows_[kBlock];
   std::vector<std::int32_t> argmax_;
 };
 
-// dW -= s G V, by rows of the blocked matrices.
+// out (rows, width) = the sum over shards of partials, which are `rows` blocked rows; the columns of one block.
 template <typename C>
-void subtract_GV(Partial<C>& partial, const Operands<C>& operands, std::int64_t experts) {
-  C* dW = partial.dW.data();
-  const C* V = operands.V;
-  for (std::int64_t d = 0; d < operands.stride; d += kColumns<C>, dW += experts * kColumns<C>, V += experts * kColumns<C>)
-    for (std::int64_t e = 0; e < experts; ++e)
-      for (std::int64_t f = 0; f < experts; ++f) {
-        const C weight = static_cast<C>(operands.s * partial.G[e * experts + f]);
-        for (int c = 0; c < kColumns<C>; ++c) dW[e * kColumns<C> + c] -= weight * V[f * kColumns<C> + c];
-      }
+void add_up(std::vector<std::unique_ptr<Partial<C>>>& partials, LongSum<C> Partial<C>::* sum, std::int64_t block, std::int64_t rows,
+            std::int64_t width, void* result) {
+  if (result == nullptr) return;
+  const std::int64_t first = block * kColumns<C>, columns = std::min<std::int64_t>(kColumns<C>, width - first);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    double total[kColumns<C>] = {};
+    for (const auto& partial : partials) ((*partial).*sum).add_to(total, blocked<C>(row, first, rows), kColumns<C>);
+    C* out = static_cast<C*>(result) + row * width + first;
+    for (std::int64_t c = 0; c < columns; ++c) out[c] = static_cast<C>(total[c]);
+  }
 }
 
-// out (rows, width) = the sum over shards of partials, which are `rows` blocked rows.
-template <typename C>
-void add_up(std::vector<std::unique_ptr<Partial<C>>>& partials, Buffer<C> Partial<C>::* sums, std::int64_t rows, std::int64_t width,
-            void* result) {
-  if (result == nullptr) return;
-  C* out = static_cast<C*>(result);
-  for (std::int64_t d = 0; d < width; d += kColumns<C>) {
-    const std::int64_t columns = std::min<std::int64_t>(kColumns<C>, width - d);
-    for (std::int64_t row = 0; row < rows; ++row) {
-      const std::int64_t at = blocked<C>(row, d, rows);
-      std::copy_n((*partials[0].*sums).data() + at, columns, out + row * width + d);
-      for (std::size_t shard = 1; shard < partials.size(); ++shard) {
-        const C* from = (*partials[shard].*sums).data() + at;
-        for (std::int64_t c = 0; c < columns; ++c) out[row * width + d + c] += from[c];
-      }
-    }
-  }
+// As many as threads can share evenly, but each with rows enough to outweigh the adding up of its E x D sums.
+inline int backward_shards(const Problem& p) {
+  const std::int64_t rows = std::max<std::int64_t>(192, 4 * p.experts);
+  return useful_shards(p, static_cast<int>(std::min<std::int64_t>(64, (p.frames() + rows - 1) / rows)));
 }
 
 template <typename C, typename S>
 void backward(const Backward& call, int threads) {
+  using Pass = BackwardPass<C, S>;
   const Problem& p = call.problem;
   const Operands<C> operands(p);
-  const int shards = useful_shards(p, threads);
+  const int shards = backward_shards(p);
   std::vector<std::unique_ptr<Partial<C>>> partials(shards);
   parallel(shards, threads, [&](int shard) {
     partials[shard] = std::make_unique<Partial<C>>(call, operands.stride);
-    BackwardPass<C, S>(call, operands, *partials[shard]).run(shard_of(p, shard, shards));
+    Pass(call, operands, *partials[shard]).run(shard_of(p, shard, shards, Pass::kBlock));
   });
 
   const std::int64_t D = p.width, E = p.experts;
-  if (call.dweight != nullptr)
-    for (const auto& part : partials) subtract_GV(*part, operands, E);
-  add_up(partials, &Partial<C>::dW, E, D, call.dweight);
-  add_up(partials, &Partial<C>::dV, E, D, call.dvectors);
-  add_up(partials, &Partial<C>::dgamma, 1, D, call.dnorm_weight);
-  add_up(partials, &Partial<C>::dbeta, 1, D, call.dnorm_bias);
+  for (std::int64_t block = 0; block < operands.stride / kColumns<C>; ++block) {
+    add_up(partials, &Partial<C>::dW, block, E, D, call.dweight);
+    add_up(partials, &Partial<C>::dV, block, E, D, call.dvectors);
+    add_up(partials, &Partial<C>::dgamma, block, 1, D, call.dnorm_weight);
+    add_up(partials, &Partial<C>::dbeta, block, 1, D, call.dnorm_bias);
+  }
   double ds = 0;
   std::vector<double> db(E, 0.0);
   for (const auto& part : partials) {

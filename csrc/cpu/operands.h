@@ -135,16 +135,16 @@ inline const C* widen_row(const S* row, std::int64_t width, std::int64_t stride,
   return scratch;
 }
 
-// The first and last row of a shard: whole units of `unit` rows (windows, where frames are pooled), never across `time`.
+// The first and last row of a shard: whole units of `block` rows, or where frames are pooled of windows, never across `time`.
 struct Shard {
   std::int64_t first, last;
 };
 
-inline Shard shard_of(const Problem& p, int index, int shards) {
-  const std::int64_t unit = p.pool == Pool::kNone ? 1 : p.pool_size;
-  const std::int64_t per_clip = p.pool == Pool::kNone ? p.time : p.pooled;
-  const std::int64_t units = p.batch * per_clip;
-  const auto row = [&](std::int64_t u) { return u / per_clip * p.time + std::min(u % per_clip * unit, p.time); };
+inline Shard shard_of(const Problem& p, int index, int shards, std::int64_t block) {
+  const bool pools = p.pool != Pool::kNone;
+  const std::int64_t unit = pools ? p.pool_size : block, clip = pools ? p.time : p.frames();
+  const std::int64_t per_clip = (clip + unit - 1) / unit, units = pools ? p.batch * per_clip : per_clip;
+  const auto row = [&](std::int64_t u) { return u / per_clip * clip + std::min(u % per_clip * unit, clip); };
   return {row(units * index / shards), row(units * (index + 1) / shards)};
 }
 

@@ -139,26 +139,32 @@ inline void mix(const C* c, const C* M, std::int64_t experts, std::int64_t width
 }
 
 // Adds R rows at once: R multiply-adds for one load and one store of the accumulator, and short chains of sums, which round less.
-template <typename C, int R>
-void outer(const C* const* rows, const C* c, std::int64_t experts, std::int64_t stride, C* acc) {
+// `load(whole, d, u)` puts one register of each row, from column d on, into u[R]; `whole` as in `mix`.
+template <typename C, int R, bool whole, typename Load>
+[[gnu::always_inline]] inline void outer_block(Load& load, const C* c, std::int64_t experts, std::int64_t d, C* acc) {
   using V = Vector<C>;
   static_assert(R % 2 == 0);
-  for (std::int64_t d = 0; d < stride; d += kColumns<C>, acc += experts * kColumns<C>)
-    for (int k = 0; k < kColumns<C>; k += V::kLanes) {
-      V u[R];
+  for (int k = 0; k < kColumns<C>; k += V::kLanes) {
+    V u[R];
+    load(std::bool_constant<whole>(), d + k, u);
+    for (std::int64_t e = 0; e < experts; ++e) {
+      V even = V::zero(), odd = V::zero();
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) u[r] = V::load(rows[r] + d + k).kept();
-      for (std::int64_t e = 0; e < experts; ++e) {
-        V even = V::zero(), odd = V::zero();
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r += 2) {
-          even = fma(V::set(c[r * experts + e]), u[r], even);
-          odd = fma(V::set(c[(r + 1) * experts + e]), u[r + 1], odd);
-        }
-        C* out = acc + e * kColumns<C> + k;
-        (V::load(out) + (even + odd)).store(out);
+      for (int r = 0; r < R; r += 2) {
+        even = fma(V::set(c[r * experts + e]), u[r], even);
+        odd = fma(V::set(c[(r + 1) * experts + e]), u[r + 1], odd);
       }
+      C* out = acc + e * kColumns<C> + k;
+      (V::load(out) + (even + odd)).store(out);
     }
+  }
+}
+
+template <typename C, int R, typename Load>
+void outer(Load&& load, const C* c, std::int64_t experts, std::int64_t width, C* acc) {
+  std::int64_t d = 0;
+  for (; d + kColumns<C> <= width; d += kColumns<C>, acc += experts * kColumns<C>) outer_block<C, R, true>(load, c, experts, d, acc);
+  if (d < width) outer_block<C, R, false>(load, c, experts, d, acc);
 }
 
 }  // namespace steer::cpu::STEER_NAMESPACE

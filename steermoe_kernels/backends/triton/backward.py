@@ -9,10 +9,9 @@ The gradient at y is linear in the tiles that were read, with numbers of each ro
     d = dy + rstd (t - mean(t) - xhat mean(t xhat)) = dy + rstd t + slope y + offset,          t = dn gamma
     slope = -rstd^2 mean(t xhat),   offset = -rstd mean(t) - slope mean                        (mean(t) is 0 in an RMSNorm)
 
-so that its products, too, are those of the tiles as they are stored, which the tensor cores multiply without preparation:
+and what of it is known before the means are, ``dy + rstd t``, can be multiplied with V on the way to them:
 
-    a     = d V^T = dy V^T + rstd (dn (gamma V)^T) + slope (y V^T) + offset (1 V^T)            (N, E)
-    g^T d = g^T dy + ((rstd g)^T dn) gamma + (slope g)^T y + (offset g)^T 1                    (E, D)
+    a = d V^T = (dy + rstd t) V^T + slope (y V^T) + offset (1 V^T)            (N, E)
 
 Every program adds up its own frames and stores one float32 partial of each sum; `reduction.py` adds the partials in a fixed order. No
 atomics: the same call gives the same bits.
@@ -32,9 +31,22 @@ from .tiles import (
     load_experts,
     load_frames,
     load_pair,
-    load_width,
     store_frames,
+    weighted,
 )
+
+
+@triton.jit
+def gradient_at_y(dy, dnormed, y, norm_weight, rstd, slope, offset, frames, valid, columns, D: tl.constexpr):
+    """``d = dy + rstd t + slope y + offset`` (n, d) in float32; ``dy`` alone, as it is stored, where nothing comes through a norm."""
+    if dnormed is None:
+        return load_frames(dy, frames, valid, columns, D)
+    else:
+        t = weighted(load_frames(dnormed, frames, valid, columns, D), norm_weight, columns, D)
+        d = rstd[:, None] * t + slope[:, None] * load_frames(y, frames, valid, columns, D).to(tl.float32) + offset[:, None]
+        if dy is not None:
+            d += load_frames(dy, frames, valid, columns, D).to(tl.float32)
+        return d
 
 
 @triton.jit
@@ -49,6 +61,7 @@ def add_products(
     dz,
     rstd,
     slope,
+    offset,
     frames,
     valid,
     columns,
@@ -57,21 +70,12 @@ def add_products(
     WEIGHT: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
-    """``dweight + h^T dz`` and ``dvectors + d^T g`` without the offset's term, both (d, e); ``h`` (N, D) is y wherever there is a norm."""
-    if WEIGHT or dnormed is not None:
-        left = tl.trans(load_frames(h, frames, valid, columns, D))
+    """``dweight + h^T dz`` and ``dvectors + d^T g``, both (d, e); ``h`` (N, D) is y wherever there is a norm."""
     if WEIGHT:
-        dweight = dot(left, dz, dweight, PRECISION)
-    if VECTORS:
-        if dnormed is not None:
-            dvectors = dot(left, slope[:, None] * g, dvectors, PRECISION)
-            left = tl.trans(load_frames(dnormed, frames, valid, columns, D))
-            through_norm = dot(left, rstd[:, None] * g, tl.zeros(dvectors.shape, tl.float32), PRECISION)
-            if norm_weight is not None:
-                through_norm *= load_width(norm_weight, columns, D)[:, None]
-            dvectors += through_norm
-        if dy is not None:
-            dvectors = dot(tl.trans(load_frames(dy, frames, valid, columns, D)), g, dvectors, PRECISION)
+        dweight = dot(tl.trans(load_frames(h, frames, valid, columns, D)), dz, dweight, PRECISION)
+    if VECTORS and (dy is not None or dnormed is not None):
+        d = gradient_at_y(dy, dnormed, h, norm_weight, rstd, slope, offset, frames, valid, columns, D)
+        dvectors = dot(tl.trans(d), g, dvectors, PRECISION)
     return dweight, dvectors
 
 
@@ -91,9 +95,9 @@ def row_sums(V, experts, E: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 #     dz = g (dg - sum_e g dg)                                  (n, e)   not renormalised: q, the full softmax, for g, and dg on the
 #     du = d + dz W                                             (n, D)   selection only; second walk
 #
-# The second walk reads its frames again: 16 frames are on a multiprocessor at a time and still in its first-level cache. Where the sums
-# ``dz^T y`` and ``g^T d`` fit, a program holds them in registers from its first tile to its last, one (d, e) accumulator of the tensor
-# cores a step; where they do not, dz and the rows' numbers are left for `parameter_gradient_kernel`.
+# The second walk reads its frames again, at every width, from the second-level cache, where the rows of all programs fit; the sums read
+# them a third time. Where the sums ``dz^T y`` and ``g^T d`` fit, a program holds them in registers from its first tile to its last, one
+# (d, e) accumulator of the tensor cores a step; where they do not, dz and the rows' numbers are left for `parameter_gradient_kernel`.
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["scale"])
 def steer_backward_kernel(
     dy,  # (N, D) or None
@@ -125,6 +129,7 @@ def steer_backward_kernel(
     BLOCK_E: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     BLOCK_K: tl.constexpr = BLOCK_E if BLOCK_E > 16 else 16
     WEIGHT: tl.constexpr = dweight_partials is not None
@@ -138,7 +143,7 @@ def steer_backward_kernel(
         oneV = row_sums(vectors, experts, E, D, BLOCK_D, CHUNKS)
 
     dbias_sum, dscale_sum = tl.zeros((BLOCK_N, BLOCK_E), tl.float32), tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    offset_sum, mixed_sum = tl.zeros((BLOCK_N, BLOCK_E), tl.float32), tl.zeros((BLOCK_E, BLOCK_E), tl.float32)
+    mixed_sum = tl.zeros((BLOCK_E, BLOCK_E), tl.float32)
     dweight_sums, dvectors_sums = (), ()
     if WEIGHT or VECTORS:
         for _ in tl.static_range(CHUNKS):
@@ -151,36 +156,35 @@ def steer_backward_kernel(
         start = tile * BLOCK_N
         frames = tl.arange(0, BLOCK_N)
         valid = frames < count - start
-        mean, rstd = load_pair(from_row(stats, start, 1), frames, valid, count)
-        dy_tile, dnormed_tile, y_tile = from_row(dy, start, D), from_row(dnormed, start, D), from_row(y, start, D)
+        mean, rstd = load_pair(stats, start, frames, valid, count)
+        dy_tile = dy if dy is None else from_row(dy, start, D)
+        dnormed_tile = dnormed if dnormed is None else from_row(dnormed, start, D)
+        y_tile = from_row(y, start, D)
 
         mean_t, mean_txhat = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-        dyV = tl.zeros((SPLIT, BLOCK_N, BLOCK_E), tl.float32)
-        tV, yV = dyV, dyV
-        for chunk in range(CHUNKS):
+        dV = tl.zeros((SPLIT, BLOCK_N, BLOCK_E), tl.float32)
+        yV = dV
+        for chunk in tl.range(CHUNKS, num_stages=STAGES):
             columns = columns_of(chunk, BLOCK_D)
             V = load_experts(vectors, experts, columns, E, D)
-            if dy is not None:
-                dy_part = load_frames(dy_tile, frames, valid, columns, D)
             if dnormed is not None:
-                dn = load_frames(dnormed_tile, frames, valid, columns, D)
+                t = weighted(load_frames(dnormed_tile, frames, valid, columns, D), norm_weight, columns, D)
                 h = load_frames(y_tile, frames, valid, columns, D)
-                t, gammaV = dn.to(tl.float32), V
-                if norm_weight is not None:
-                    gamma = load_width(norm_weight, columns, D)[None, :]
-                    t, gammaV = t * gamma, V.to(tl.float32) * gamma
                 if NORM == "layer":
                     mean_t += tl.sum(t, 1)
                 mean_txhat += tl.sum(t * ((h.to(tl.float32) - mean[:, None]) * rstd[:, None]), 1)
-                tV = dot_over_width(dn, gammaV, tV, PRECISION, SPLIT)
                 yV = dot_over_width(h, V, yV, PRECISION, SPLIT)
-            if dy is not None:
-                dyV = dot_over_width(dy_part, V, dyV, PRECISION, SPLIT)
+                known = rstd[:, None] * t
+                if dy is not None:
+                    known += load_frames(dy_tile, frames, valid, columns, D).to(tl.float32)
+                dV = dot_over_width(known, V, dV, PRECISION, SPLIT)
+            elif dy is not None:
+                dV = dot_over_width(load_frames(dy_tile, frames, valid, columns, D), V, dV, PRECISION, SPLIT)
         slope = -rstd * rstd * mean_txhat / D
         offset = -rstd * mean_t / D - slope * mean
-        a = tl.sum(dyV, 0)
+        a = tl.sum(dV, 0)
         if dnormed is not None:
-            a += rstd[:, None] * tl.sum(tV, 0) + slope[:, None] * tl.sum(yV, 0) + offset[:, None] * oneV[None, :]
+            a += slope[:, None] * tl.sum(yV, 0) + offset[:, None] * oneV[None, :]
 
         inside, places = valid[:, None] & (experts < E)[None, :], frames[:, None] * E + experts[None, :]
         g = tl.load(from_row(gates, start, E) + places, mask=inside, other=0.0)
@@ -194,7 +198,6 @@ def steer_backward_kernel(
         dz = q * (dg - tl.sum(q * dg, 1)[:, None])
         dbias_sum += dz
         dscale_sum += g * a
-        offset_sum += g * offset[:, None]
         if dz_out is not None:
             tl.store(from_row(dz_out, start, E) + places, dz, mask=inside)
         if rows_out is not None:
@@ -204,18 +207,13 @@ def steer_backward_kernel(
             mixed_sum = dot(tl.trans(dz), g, mixed_sum, PRECISION)
 
         if du is not None:
-            for chunk in range(CHUNKS):
+            for chunk in tl.range(CHUNKS, num_stages=STAGES):
                 columns = columns_of(chunk, BLOCK_D)
                 W = load_experts(weight, tl.arange(0, BLOCK_K), columns, E, D)
                 d = dot_over_experts(dz, W, PRECISION)
-                if dy is not None:
-                    d += load_frames(dy_tile, frames, valid, columns, D).to(tl.float32)
-                if dnormed is not None:
-                    t = load_frames(dnormed_tile, frames, valid, columns, D).to(tl.float32)
-                    if norm_weight is not None:
-                        t *= load_width(norm_weight, columns, D)[None, :]
-                    d += (
-                        rstd[:, None] * t + slope[:, None] * load_frames(y_tile, frames, valid, columns, D).to(tl.float32) + offset[:, None]
+                if dy is not None or dnormed is not None:
+                    d += gradient_at_y(dy_tile, dnormed_tile, y_tile, norm_weight, rstd, slope, offset, frames, valid, columns, D).to(
+                        tl.float32
                     )
                 store_frames(from_row(du, start, D), d, frames, valid, columns, D)
 
@@ -235,6 +233,7 @@ def steer_backward_kernel(
                     dz,
                     rstd,
                     slope,
+                    offset,
                     frames,
                     valid,
                     columns,
@@ -261,7 +260,7 @@ def steer_backward_kernel(
             if WEIGHT:
                 tl.store(dweight_partials + places, dweight_sums[chunk], mask=inside)
             if VECTORS:
-                tl.store(dvectors_partials + places, dvectors_sums[chunk] + tl.sum(offset_sum, 0)[None, :], mask=inside)
+                tl.store(dvectors_partials + places, dvectors_sums[chunk], mask=inside)
 
 
 # Where the (E, D) sums do not fit in the registers of the kernel above. One program: d columns, e experts and every ``splits``-th tile of
@@ -288,6 +287,7 @@ def parameter_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     WEIGHT: tl.constexpr = dweight_partials is not None
     VECTORS: tl.constexpr = dvectors_partials is not None
@@ -295,8 +295,7 @@ def parameter_gradient_kernel(
     columns = columns_of(tl.program_id(0), BLOCK_D)
     experts = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     dweight, dvectors = tl.zeros((BLOCK_D, BLOCK_E), tl.float32), tl.zeros((BLOCK_D, BLOCK_E), tl.float32)
-    offset_sum = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    for tile in range(split, tl.cdiv(count, BLOCK_N), tl.num_programs(2)):
+    for tile in tl.range(split, tl.cdiv(count, BLOCK_N), tl.num_programs(2), num_stages=STAGES):
         start = tile * BLOCK_N
         frames = tl.arange(0, BLOCK_N)
         valid = frames < count - start
@@ -306,20 +305,20 @@ def parameter_gradient_kernel(
             dz = tl.load(from_row(dz_out, start, E) + places, mask=inside, other=0.0)
         if VECTORS:
             g = tl.load(from_row(gates, start, E) + places, mask=inside, other=0.0)
-        _, rstd = load_pair(from_row(stats, start, 1), frames, valid, count)
-        slope, offset = load_pair(from_row(rows_out, start, 1), frames, valid, count)
-        offset_sum += g * offset[:, None]
+        _, rstd = load_pair(stats, start, frames, valid, count)
+        slope, offset = load_pair(rows_out, start, frames, valid, count)
         dweight, dvectors = add_products(
             dweight,
             dvectors,
-            from_row(dy, start, D),
-            from_row(dnormed, start, D),
+            dy if dy is None else from_row(dy, start, D),
+            dnormed if dnormed is None else from_row(dnormed, start, D),
             from_row(h, start, D),
             norm_weight,
             g,
             dz,
             rstd,
             slope,
+            offset,
             frames,
             valid,
             columns,
@@ -333,4 +332,4 @@ def parameter_gradient_kernel(
     if WEIGHT:
         tl.store(dweight_partials + places, dweight, mask=inside)
     if VECTORS:
-        tl.store(dvectors_partials + places, dvectors + tl.sum(offset_sum, 0)[None, :], mask=inside)
+        tl.store(dvectors_partials + places, dvectors, mask=inside)

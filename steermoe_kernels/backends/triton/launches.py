@@ -1,5 +1,9 @@
 """What a pass launches: kernels, grids, arguments and compile-time constants, prepared without running anything.
 
+Why the tiles are what they are, `blocks.py` says. The forward is one launch. The backward is one, too, where a program can keep its share
+of dW and dV; else `parameter_gradient_kernel` makes them, 4 programs a multiprocessor, each with frames and columns of its own. A pooling
+and a trained norm each add a launch, the partials of all programs a last, small one.
+
 The backend runs these launches; `static.py` compiles the same ones, prepared from tensors without storage. So what is inspected on a
 machine without a GPU is what will run on one.
 """
@@ -17,8 +21,8 @@ from .backward import parameter_gradient_kernel, steer_backward_kernel
 from .blocks import (
     Blocks,
     choose_backward_blocks,
-    choose_blocks,
     choose_column_blocks,
+    choose_forward_blocks,
     choose_parameter_blocks,
     choose_reduction_blocks,
     precision,
@@ -44,9 +48,8 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Compiler options. Registers up to the limit: left to itself the assembler trades some for spills. Nothing to pipeline: what is
-        read twice is to come from the first-level cache, which asynchronous copies pass by. Multiply and add fuse, which is said aloud
-        because Triton's default is about to change."""
+        """Compiler options. Registers up to the limit: left to itself the assembler trades some for spills. Nothing is loaded ahead but in
+        the loops that say so (STAGES). Multiply and add fuse, which is said aloud because Triton's default is about to change."""
         registers = min(255, 65536 // (32 * self.num_warps))
         return {"num_warps": self.num_warps, "num_stages": 1, "maxnreg": registers, "enable_fp_fusion": True}
 
@@ -75,7 +78,7 @@ def prepare_forward(
     gates = x.new_empty((batch, frames, num_experts), dtype=torch.float32)
     probs = x.new_empty(gates.shape if options.keeps_probs else 0, dtype=torch.float32)
     stats = x.new_empty((2, *normed.shape[:2]) if options.norm else 0, dtype=torch.float32)
-    blocks = choose_blocks(width, num_experts)
+    blocks = choose_forward_blocks(width, num_experts, x.dtype, bool(options.pool))
     launch = Launch(
         steer_forward_kernel,
         (_tiles(windows["windows"], blocks.frames),),
@@ -103,7 +106,6 @@ def prepare_forward(
             "ROUTING": "dense" if options.dense else "top_k" if options.renormalize else "top_k_probs",
             "NORM": options.norm,
             "POOL": options.pool,
-            "HOLD": not options.pool and num_experts <= 16,
         },
         blocks.num_warps,
     )
@@ -166,8 +168,8 @@ def prepare_backward(
         )
         dy, dnormed = d, None
 
-    blocks = choose_backward_blocks(width, num_experts, need_weight or need_vectors)
-    in_registers = sums_fit_in_registers(blocks)
+    blocks = choose_backward_blocks(width, num_experts, y.dtype, need_weight or need_vectors)
+    in_registers = sums_fit_in_registers(blocks, y.dtype)
     most_programs = multiprocessors * programs_per_multiprocessor(blocks)
     programs = _tiles(frames, blocks.frames)
     if need_bias or need_scale or (in_registers and (need_weight or need_vectors)):
@@ -176,7 +178,7 @@ def prepare_backward(
         "dbias_partials": single(need_bias, programs, num_experts),
         "dscale_partials": single(need_scale, programs, num_experts),
     }
-    splits, parameter_blocks = programs, choose_parameter_blocks(width, num_experts)
+    splits, parameter_blocks = programs, choose_parameter_blocks(width, num_experts, y.dtype)
     if not in_registers:
         per_split = parameter_blocks.chunks * _tiles(num_experts, parameter_blocks.experts)
         splits = min(_tiles(frames, parameter_blocks.frames), _tiles(4 * multiprocessors, per_split))
@@ -225,7 +227,7 @@ def prepare_backward(
         arguments = incoming | {"h": y} | own
         launches.append(_parameter_launch(arguments, parameter_blocks, width, num_experts, splits, y.dtype))
     if not in_registers and need_weight:
-        square = choose_parameter_blocks(num_experts, num_experts)
+        square = choose_parameter_blocks(num_experts, num_experts, torch.float32)
         arguments = dict.fromkeys(incoming) | {"gates": None, "dz_out": dz, "h": gates, "count": frames}
         arguments |= {"dweight_partials": sums["mixed_partials"], "dvectors_partials": None}
         launches.append(_parameter_launch(arguments, square, num_experts, num_experts, splits, y.dtype))
@@ -274,6 +276,7 @@ def _parameter_launch(arguments: dict[str, Any], blocks: Blocks, width: int, num
             "BLOCK_N": blocks.frames,
             "BLOCK_D": blocks.width,
             "BLOCK_E": blocks.experts,
+            "STAGES": blocks.stages,
         },
         blocks.num_warps,
     )
@@ -296,4 +299,4 @@ def _row_constants(blocks: Blocks, width: int) -> dict[str, Any]:
 
 
 def _steer_constants(blocks: Blocks, num_experts: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {"E": num_experts, "PRECISION": precision(dtype), "BLOCK_E": blocks.experts, "SPLIT": blocks.split}
+    return {"E": num_experts, "PRECISION": precision(dtype), "BLOCK_E": blocks.experts, "SPLIT": blocks.split, "STAGES": blocks.stages}

@@ -9,32 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import columns_of, load_frames, load_pair, normalized, store_frames, through_norm, weighted
-
-
-@triton.jit
-def pool_again(y, clip_start, first, exists, frames_per_clip, pool_size, columns, D: tl.constexpr, POOL: tl.constexpr):
-    """``p = pool(y)`` (n, d) in float32, and for a maximum the step (n, d) of the first of the largest frames in the window."""
-    p = tl.full((first.shape[0], columns.shape[0]), float("-inf") if POOL == "max" else 0.0, tl.float32)
-    place = tl.zeros(p.shape, tl.int32)
-    for step in range(pool_size):
-        valid = exists & (first + step < frames_per_clip)
-        frame = load_frames(y, clip_start + first + step, valid, columns, D).to(tl.float32)
-        if POOL == "max":
-            larger = valid[:, None] & ((frame > p) | (frame != frame))
-            p = tl.where(larger, frame, p)
-            place = tl.where(larger, step, place)
-        else:
-            p += frame
-    if POOL == "mean":
-        p *= frame_share(first, frames_per_clip, pool_size)[:, None]
-    return tl.where(exists[:, None], p, 0.0), place
-
-
-@triton.jit
-def frame_share(first, frames_per_clip, pool_size):
-    """One over the number of frames (n,) in each window; the last of a clip may be short."""
-    return 1.0 / tl.minimum(pool_size, frames_per_clip - first).to(tl.float32)
+from .tiles import columns_of, frame_share, load_frames, load_pair, normalized, pool_again, store_frames, through_norm, weighted
 
 
 # The gradient at y in float32; afterwards `backward.py` goes on as if it had come in. One program: n windows, all their frames, in two
@@ -65,7 +40,7 @@ def unpool_kernel(
     window = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = window < windows
     clip_start, first = window // windows_per_clip * frames_per_clip, window % windows_per_clip * pool_size
-    mean, rstd = load_pair(stats, window, exists, windows)
+    mean, rstd = load_pair(stats, 0, window, exists, windows)
     centre, slope = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     for chunk in range(CHUNKS):
         columns = columns_of(chunk, BLOCK_D)
@@ -121,7 +96,7 @@ def norm_gradient_kernel(
         dn = load_frames(dnormed, window, exists, columns, D).to(tl.float32)
         dbeta += tl.sum(dn, 0)
         if dgamma_partials is not None:
-            mean, rstd = load_pair(stats, window, exists, windows)
+            mean, rstd = load_pair(stats, 0, window, exists, windows)
             p, _ = pool_again(y, clip_start, first, exists, frames_per_clip, pool_size, columns, D, POOL)
             dgamma += tl.sum(dn * normalized(p, mean, rstd, columns, D), 0)
     if dgamma_partials is not None:

@@ -29,7 +29,8 @@ _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*b
 
 @dataclass(frozen=True)
 class Problem:
-    """A pass to compile. ``norm`` and ``pool`` as in `Options`; a frozen aligner needs the gradient of the stream only."""
+    """A pass to compile. ``norm`` and ``pool`` as in `Options`; a frozen aligner needs the gradient of the stream only, and
+    ``trained_norm`` those of the norm's weight and bias, too."""
 
     width: int
     num_experts: int
@@ -41,6 +42,7 @@ class Problem:
     top_k: int | None = None
     renormalize: bool = True
     frozen: bool = False
+    trained_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def launches_of(problem: Problem, direction: str) -> list[Launch]:
     (y, normed, *kept), forward = prepare_forward(x, residual, weight, bias, vectors, scale, norm_weight, norm_bias, options)
     if direction == "forward":
         return forward
-    needs = [True, *[not problem.frozen] * 4, False, False]
+    needs = [True, *[not problem.frozen] * 4, problem.trained_norm, problem.trained_norm]
     dnormed = normed if problem.norm else None
     return prepare_backward(y, dnormed, kept[0], y, *kept, weight, vectors, scale, norm_weight, options, needs, 100)[1]
 

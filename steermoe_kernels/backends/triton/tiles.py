@@ -20,9 +20,7 @@ def columns_of(chunk, BLOCK_D: tl.constexpr):
 @triton.jit
 def from_row(pointer, row, size: tl.constexpr):
     """A tensor (N, size) from ``row`` on. The row is int64, N * size may pass 2^31; what is left to add to it does not."""
-    if pointer is not None:
-        pointer += row * size
-    return pointer
+    return pointer + row * size
 
 
 @triton.jit
@@ -53,12 +51,12 @@ def load_width(pointer, columns, D: tl.constexpr):
 
 
 @triton.jit
-def load_pair(pointer, frames, valid, count):
-    """Two numbers a frame, each (n,), from a (2, count) tensor; zeros where there is none."""
+def load_pair(pointer, start, frames, valid, count):
+    """Two numbers for each of the frames from ``start`` on, each (n,), from a (2, count) tensor; zeros where there is none."""
     one, two = tl.zeros(frames.shape, tl.float32), tl.zeros(frames.shape, tl.float32)
     if pointer is not None:
-        one = tl.load(pointer + frames, mask=valid, other=0.0)
-        two = tl.load(pointer + count + frames, mask=valid, other=0.0)
+        one = tl.load(from_row(pointer, start, 1) + frames, mask=valid, other=0.0)
+        two = tl.load(from_row(pointer, count + start, 1) + frames, mask=valid, other=0.0)
     return one, two
 
 
@@ -132,6 +130,31 @@ def route(z, experts, top_k, E: tl.constexpr, ROUTING: tl.constexpr):
             powers = tl.where(selected, powers, 0.0)
             gates = powers / tl.sum(powers, 1)[:, None]
         return gates, probs
+
+
+@triton.jit
+def pool_again(y, clip_start, first, exists, frames_per_clip, pool_size, columns, D: tl.constexpr, POOL: tl.constexpr):
+    """``p = pool(y)`` (n, d) in float32, and for a maximum the step (n, d) of the first of the largest frames in the window."""
+    p = tl.full((first.shape[0], columns.shape[0]), float("-inf") if POOL == "max" else 0.0, tl.float32)
+    place = tl.zeros(p.shape, tl.int32)
+    for step in range(pool_size):
+        valid = exists & (first + step < frames_per_clip)
+        frame = load_frames(y, clip_start + first + step, valid, columns, D).to(tl.float32)
+        if POOL == "max":
+            larger = valid[:, None] & ((frame > p) | (frame != frame))
+            p = tl.where(larger, frame, p)
+            place = tl.where(larger, step, place)
+        else:
+            p += frame
+    if POOL == "mean":
+        p *= frame_share(first, frames_per_clip, pool_size)[:, None]
+    return tl.where(exists[:, None], p, 0.0), place
+
+
+@triton.jit
+def frame_share(first, frames_per_clip, pool_size):
+    """One over the number of frames (n,) in each window; the last of a clip may be short."""
+    return 1.0 / tl.minimum(pool_size, frames_per_clip - first).to(tl.float32)
 
 
 @triton.jit
