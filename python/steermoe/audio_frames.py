@@ -32,10 +32,15 @@ class FrameCounts:
     longest: int | None = None
 
     @classmethod
-    def of(cls, config: Any) -> FrameCounts:
-        """From an encoder's config, or from an openai-whisper ``ModelDimensions``. ValueError for an encoder whose counts are not known."""
-        if hasattr(config, "n_audio_ctx"):
-            return cls._whisper(config.n_audio_ctx)
+    def of(cls, source: Any) -> FrameCounts:
+        """Of an encoder, its config, or an openai-whisper ``ModelDimensions``. ValueError for an encoder whose counts are not known."""
+        if hasattr(source, "n_audio_ctx"):
+            return cls._whisper(source.n_audio_ctx)
+        if hasattr(source, "dims"):  # openai-whisper's Whisper
+            return cls._whisper(source.dims.n_audio_ctx)
+        if hasattr(source, "positional_embedding"):  # and its AudioEncoder
+            return cls._whisper(source.positional_embedding.shape[0])
+        config = getattr(source, "config", source)
         kind = getattr(config, "model_type", type(config).__name__)
         if kind == "whisper":
             return cls._whisper(config.max_source_positions)

@@ -116,10 +116,10 @@ def load_feature_extractor(source: str | os.PathLike[str], *, revision: str | No
 
 
 def load_encoder_config(source: str | os.PathLike[str], *, revision: str | None = None) -> Any:
-    """The config of an audio model, without its weights; of an openai-whisper file, its dimensions. BackboneError if there is none."""
+    """The config of an audio model, without its weights; of an openai-whisper file, its encoder. BackboneError if there is none."""
     name = os.fspath(source)
     if name.endswith(".pt"):
-        return _openai_whisper(name).dims
+        return _openai_whisper(name)
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
     except Exception as error:
@@ -161,7 +161,6 @@ def _encoder_of(model: Any) -> Any:
         encoder = model.get_encoder()
     elif hasattr(model, "dims") and hasattr(model, "encoder"):  # openai-whisper's Whisper
         encoder = model.encoder
-        encoder.dims = model.dims
     if encoder is not model and not getattr(encoder, "name_or_path", None):
         name = getattr(model, "name_or_path", None)
         if name:

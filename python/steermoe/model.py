@@ -54,6 +54,7 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """
 
     config_class = SteerMoEConfig
+    config: SteerMoEConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = False
@@ -73,7 +74,7 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _join(self, audio: Backbone, text: Backbone) -> None:
         """Freeze the backbones and put a new aligner between them; record where they are from."""
         config, encoder, language_model = self.config, audio.module, text.module
-        self.frame_counts = FrameCounts.of(getattr(encoder, "dims", None) or encoder.config)
+        self.frame_counts = FrameCounts.of(encoder)
         width = language_model.get_input_embeddings().weight.shape[1]
         if config.audio_token_id is None:
             raise ValueError("config.audio_token_id is None: give the tokenizer's id of the audio token")
@@ -155,7 +156,7 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @property
     def aligner(self) -> FusedSteerMoE:
         """The trained part. It is a submodule of the encoder, ``encoder.steering``."""
-        aligner: FusedSteerMoE = self.encoder.steering
+        aligner: Any = self.encoder.steering
         return aligner
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -163,11 +164,13 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return dict(self.aligner.named_parameters())
 
     def train(self, mode: bool = True) -> SteerMoEForConditionalGeneration:
-        """Training mode for the model and its aligner. The backbones stay in eval mode: their dropout must not come alive."""
+        """Training mode for the model, and eval mode for the backbones all the same: their dropout must not come alive.
+
+        In the aligner, which is part of the encoder, nothing depends on the mode.
+        """
         super().train(mode)
         self.encoder.eval()
         self.language_model.eval()
-        self.aligner.train(mode)
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -176,7 +179,7 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("the language model is frozen, and its embeddings are never resized")
 
     def encode(
@@ -210,7 +213,7 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @property
     def _masks_padding(self) -> bool:
         """Whether the encoder takes clips of several lengths in one batch and gives for each what it gives for it alone."""
-        return self.frame_counts.layout == "mel" and not hasattr(self.encoder, "dims")
+        return self.frame_counts.layout == "mel" and hasattr(self.encoder, "config")
 
     def _encode_together(self, features: Tensor, lengths: Tensor, output_gates: bool) -> tuple[Tensor, dict[int, Tensor] | None]:
         mask = None
@@ -241,7 +244,8 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, input_features: Tensor | None, feature_lengths: Tensor | None, output_gates: bool = False
     ) -> tuple[Tensor, dict[int, Tensor] | None, Tensor | None]:
         """The prompt's embeddings (B, S, D), with the audio in its places."""
-        places = input_ids == self.config.audio_token_id
+        audio_token: Any = self.config.audio_token_id
+        places = input_ids.eq(audio_token)
         with torch.no_grad():
             # The audio token may lie outside the table, and what the table holds there is not used.
             embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
@@ -366,7 +370,7 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs["pad_token_id"] = end[0] if isinstance(end, (list, tuple)) else end
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,

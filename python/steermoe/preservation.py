@@ -125,7 +125,8 @@ def _language_model_checks(model: SteerMoEForConditionalGeneration, name: str | 
     if untouched is None:
         return
     generator = torch.Generator().manual_seed(_SEED)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    table: Any = model.get_input_embeddings()
+    vocabulary = table.weight.shape[0]
     tokens = torch.randint(vocabulary, (_PROMPTS, _TOKENS), generator=generator)
     tokens[tokens == model.config.audio_token_id] = 0
     if model.config.audio_token_id == 0:
@@ -219,8 +220,8 @@ def _features(counts: FrameCounts, encoder: Any) -> Tensor:
     """One clip of noise in the encoder's own kind of features."""
     generator = torch.Generator().manual_seed(_SEED)
     if counts.layout == "mel":
-        bins = encoder.conv1.in_channels
-        return torch.randn(1, bins, counts.longest, generator=generator)
+        assert counts.longest is not None
+        return torch.randn(1, encoder.conv1.in_channels, counts.longest, generator=generator)
     if counts.layout == "waveform":
         return torch.randn(1, int(16000 * _SECONDS_OF_WAVEFORM), generator=generator)
     return torch.randn(1, _FILTERBANK_FRAMES, encoder.config.feature_projection_input_dim, generator=generator)

@@ -168,7 +168,7 @@ class SteerMoEProcessor(ProcessorMixin):
         pad = self.tokenizer.pad_token_id
         if pad is None:
             pad = self.tokenizer.eos_token_id
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": _padded(rows, 0 if pad is None else pad, left),
             "attention_mask": _padded([[1] * len(row) for row in rows], 0, left),
         }
@@ -342,7 +342,7 @@ def _origin(argument: str, model: Any, needed: str) -> str:
 
 def _frame_counts(audio_model: Any, revision: str | None) -> FrameCounts:
     if not isinstance(audio_model, (str, os.PathLike)):
-        return FrameCounts.of(getattr(audio_model, "dims", None) or audio_model.config)
+        return FrameCounts.of(audio_model)
     return FrameCounts.of(load_encoder_config(audio_model, revision=revision))
 
 

@@ -211,6 +211,55 @@ def test_short_inputs(frames: int) -> None:
     assert_same(results, oracles)
 
 
+@pytest.mark.parametrize("pool, pool_size", [(None, 1), ("max", 3), ("mean", 2)])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("frames", [2 * POSITIONS, 30])
+def test_a_clip_among_longer_ones_is_what_it_is_alone(frames: int, attention: str, pool: str | None, pool_size: int) -> None:
+    """Outputs, gates and gradients, whatever fills the clips up; alone, a clip needs no mask."""
+    encoder, _ = pair(plain_encoder(attn_implementation=attention), pool=pool, pool_size=pool_size)
+    lengths = [frames, 12, 24] if pool else [frames, 9, 16]  # whole windows, where there are windows
+    clips = [draw_input(length, seed)[:1] for seed, length in enumerate(lengths)]
+    together = torch.cat([F.pad(clip, (0, frames - clip.shape[2]), value=1e6) for clip in clips])
+    mask = torch.arange(frames) < torch.tensor(lengths)[:, None]
+    sizes = [(length + 1) // 2 for length in lengths]
+    pooled = [-(-size // pool_size) for size in sizes]
+    aligner = encoder.steering
+
+    with aligner.record_gates() as gates:
+        out = encoder(together, attention_mask=mask).last_hidden_state
+    wanted = [torch.randn(1, size, WIDTH, dtype=torch.float64) for size in pooled]
+    sum((out[i : i + 1, :size] * weight).sum() for i, (size, weight) in enumerate(zip(pooled, wanted, strict=True))).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in aligner.named_parameters() if parameter.grad is not None}
+    aligner.zero_grad()
+    for index, (clip, weight) in enumerate(zip(clips, wanted, strict=True)):
+        with aligner.record_gates() as alone:
+            single = encoder(clip).last_hidden_state
+        torch.testing.assert_close(out[index : index + 1, : pooled[index]], single)
+        for layer in range(LAYERS):
+            torch.testing.assert_close(gates[layer][index : index + 1, : sizes[index]], alone[layer])
+        (single * weight).sum().backward()
+    assert len(gradients) > 3
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, aligner.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("frames", [2 * POSITIONS, 30])
+def test_a_mask_of_ones_is_none(frames: int) -> None:
+    encoder, _ = pair(plain_encoder())
+    x = draw_input(frames)
+    plain = encoder(x).last_hidden_state
+    assert torch.equal(encoder(x, attention_mask=None).last_hidden_state, plain)
+    for ones in (torch.ones(2, frames), torch.ones(2, frames, dtype=torch.long), torch.ones(2, frames, dtype=torch.bool)):
+        torch.testing.assert_close(encoder(x, ones).last_hidden_state, plain)
+
+
+@pytest.mark.parametrize("shape", [(2, 2 * POSITIONS - 1), (1, 2 * POSITIONS), (2, 1, 2 * POSITIONS)])
+def test_masks_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    encoder, _ = pair(plain_encoder())
+    with pytest.raises(ValueError, match=r"attention_mask must be \(batch, frames\), \(2, 40\), got"):
+        encoder(draw_input(), attention_mask=torch.ones(shape))
+
+
 @pytest.mark.parametrize("shape", [(2, BINS, 0), (2, BINS, 2 * POSITIONS + 1), (2, BINS + 1, 2 * POSITIONS), (BINS, 2 * POSITIONS)])
 def test_inputs_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     ours, _ = pair(plain_encoder())

@@ -157,7 +157,10 @@ def collate(examples: list[Example], pad: int, longest: int | None = None) -> Ba
 
 
 def place(embedded: Tensor, rows: Tensor, vectors: Tensor, lengths: list[int]) -> Tensor:
-    """`embedded` (sequences, positions, width) with the first `lengths[i]` of `vectors[i]` (frames, width) put at positions 1 on of row `rows[i]`."""
+    """`embedded` (sequences, positions, width) with clips put into its rows from position 1 on.
+
+    `vectors` (clips, frames, width) holds them padded: of clip i the first `lengths[i]` frames go into row `rows[i]`.
+    """
     width = torch.arange(vectors.shape[1])
     inside = width[None, :] < torch.tensor(lengths)[:, None]  # (clips, frames)
     clip, frame = inside.nonzero(as_tuple=True)

@@ -1,12 +1,11 @@
 """How readily a frozen language model lets a linear projection speak to it: the measure that its training is steered by.
 
-A `SimulatedEncoder` codes held-out-free training sentences as noisy features; its projection alone is trained through the frozen model, as
+A `SimulatedEncoder` codes training sentences as noisy features; its projection alone is trained through the frozen model, as
 an aligner's would be, and held-out sentences are then decoded greedily.
 """
 
 from __future__ import annotations
 
-import random
 import time
 from dataclasses import dataclass, field
 
@@ -53,7 +52,7 @@ def probe(
     heldout: int = 48,
     seed: int = 1,
 ) -> ProbeCurve:
-    """Train a projection of simulated features ("letters" or "sounds") through the frozen model; Adam, warmup of 10 steps, cosine to zero."""
+    """Train a projection of simulated features ("letters" or "sounds") through the frozen model: Adam, a warmup of ten steps, a cosine."""
     kind, count = (CODED_LETTERS, LETTER_BLANK + 1) if symbols == "letters" else (CODED_SOUNDS, SOUND_BLANK + 1)
     encoder = SimulatedEncoder(count, model.config.hidden_size, seed, noise=noise)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=learning_rate)

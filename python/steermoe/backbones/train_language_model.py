@@ -1,9 +1,9 @@
 """Trains the tiny language model that the demo steers an encoder towards: `python -m steermoe.backbones.train_language_model`.
 
-A Llama of 1.8 million parameters over characters learns, from generated sentences (`demo/phrases.py`), to transcribe, repeat, spell, count
-and answer. Its contents are written, or spoken: soft prompts as in `soft_prompts.py`. More than half of the spoken ones come through simulated
-encoders whose projection is being learned from scratch at that moment and is thrown away after a few hundred steps for another: so the
-model has met every stage of an aligner's training, the hopeless beginning included, before it is frozen.
+A Llama of 1.8 million parameters over characters learns from generated sentences (`demo/phrases.py`) to transcribe, repeat, spell, count
+and answer. Its contents are written, or spoken: soft prompts as in `soft_prompts.py`. More than half of the spoken ones come through
+simulated encoders whose projection is being learned from scratch at that moment and is thrown away after a few hundred steps for another:
+so the model has met every stage of an aligner's training, the hopeless beginning included, before it is frozen.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def train(
 
 def measure(folder: Path) -> dict:
     """Task accuracies and projection probes of a saved model, added to its training.json."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     report = json.loads((folder / "training.json").read_text())
     report["task_accuracies"] = task_accuracies(model, tokenizer)

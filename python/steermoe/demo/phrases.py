@@ -27,8 +27,8 @@ LEXICON: dict[str, tuple[str, ...]] = {
         "colour": "red blue green yellow black white brown orange pink purple grey",
         "size": "big small old new little long heavy clean broken cheap",
         "mood": "happy sad tired quiet hungry young clever angry late busy lucky ready",
-        "object": "book ball car boat hat coat bag box chair table lamp clock key letter cup plate bottle phone bike shirt ring knife piano "
-        "mirror ticket blanket basket candle camera hammer",
+        "object": "book ball car boat hat coat bag box chair table lamp clock key letter cup plate bottle phone bike shirt ring knife "
+        "piano mirror ticket blanket basket candle camera hammer",
         "many": "books balls cars boats hats coats bags boxes chairs lamps keys letters cups plates bottles birds horses dogs",
         "food": "bread milk cake soup rice cheese tea coffee sugar honey butter meat fruit salad",
         "fruit": "apples eggs lemons potatoes carrots cookies nuts grapes",
