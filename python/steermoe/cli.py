@@ -34,7 +34,7 @@ Checkpoint = Annotated[Path, typer.Option("--checkpoint", "-c", help="a folder t
 AudioModel = Annotated[str | None, typer.Option(help="where the audio encoder lies now, if not where the checkpoint says")]
 TextModel = Annotated[str | None, typer.Option(help="where the language model lies now, if not where the checkpoint says")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")]
-Dtype = Annotated[str, typer.Option(help="the backbones' dtype: float32, bfloat16 or float16")]
+Dtype = Annotated[str | None, typer.Option(help="the backbones' dtype: float32, bfloat16 or float16 (default: as in training)")]
 BatchSize = Annotated[int, typer.Option(min=1, help="clips generated at once")]
 
 
@@ -106,7 +106,7 @@ def evaluate(
     audio_model: AudioModel = None,
     text_model: TextModel = None,
     device: Device = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
 ) -> None:
     """Score a whole corpus: word and character error rates with intervals, or exact match for questions, and the real-time factor."""
     from .data import load
@@ -142,7 +142,7 @@ def transcribe(
     audio_model: AudioModel = None,
     text_model: TextModel = None,
     device: Device = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
 ) -> None:
     """Transcribe recordings. One that cannot be read is named; the others are still transcribed, and the exit status is 1."""
     from .data.audio import AudioError
@@ -180,7 +180,7 @@ def ask(
     audio_model: AudioModel = None,
     text_model: TextModel = None,
     device: Device = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = None,
 ) -> None:
     """Ask a question about a recording."""
     from .transcription import ask as run
@@ -234,20 +234,23 @@ def check(
     raise typer.Exit(report.exit_status)
 
 
-def _load(checkpoint: Path, audio_model: str | None, text_model: str | None, device: str | None, dtype: str) -> tuple[Any, Any]:
+def _load(checkpoint: Path, audio_model: str | None, text_model: str | None, device: str | None, dtype: str | None) -> tuple[Any, Any]:
     """The model, ready to generate, and its processor."""
     import torch
 
     from .model import SteerMoEForConditionalGeneration
     from .processor import SteerMoEProcessor
 
-    if dtype not in ("float32", "bfloat16", "float16"):
+    if dtype not in (None, "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"must be float32, bfloat16 or float16, got {dtype!r}", param_hint="--dtype")
     model = SteerMoEForConditionalGeneration.from_pretrained(
-        checkpoint, audio_model=audio_model, text_model=text_model, dtype=getattr(torch, dtype)
+        checkpoint,
+        audio_model=audio_model,
+        text_model=text_model,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), SteerMoEProcessor.from_pretrained(checkpoint)
+    return model.eval(), SteerMoEProcessor.from_pretrained(checkpoint)
 
 
 def _show(result: Any) -> None:

@@ -1,4 +1,7 @@
-"""The two backbones, by hub id, path or as modules: loaded as they are stored, fingerprinted, and only then brought to a dtype."""
+"""The two backbones, by hub id, path or as modules: loaded as they are stored, fingerprinted, and only then brought to a dtype.
+
+The name "shipped" stands for the small ones inside this package, wherever it is installed.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from .backbones import encoder_path, language_model_path
 from .config import AUDIO_TOKEN
 from .fingerprint import Fingerprint
 
@@ -34,6 +38,8 @@ __all__ = [
     "load_tokenizer",
     "with_audio_token",
 ]
+
+SHIPPED = "shipped"
 
 # Weights that only training of the encoder itself reads; some checkpoints lack them.
 _UNUSED = ("masked_spec_embed",)
@@ -63,7 +69,7 @@ def load_encoder(source: Any, *, revision: str | None = None, attn_implementatio
     name = os.fspath(source)
     if name.endswith(".pt"):
         return Backbone(module := _openai_whisper(name), name, None, Fingerprint.of(module))
-    model = _load(AutoModel, "audio_model", name, revision, attn_implementation)
+    model = _load(AutoModel, "audio_model", _audio_place(name), revision, attn_implementation)
     encoder = _encoder_of(model)
     return Backbone(encoder, name, revision or _commit(model), Fingerprint.of(encoder))
 
@@ -73,7 +79,7 @@ def load_language_model(source: Any, *, revision: str | None = None, attn_implem
     if isinstance(source, nn.Module):
         return _given(source, revision)
     name = os.fspath(source)
-    model = _load(AutoModelForCausalLM, "text_model", name, revision, attn_implementation)
+    model = _load(AutoModelForCausalLM, "text_model", _text_place(name), revision, attn_implementation)
     return Backbone(model, name, revision or _commit(model), Fingerprint.of(model))
 
 
@@ -84,7 +90,7 @@ def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = Non
     """
     name = os.fspath(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(_text_place(name), revision=revision)
     except Exception as error:  # each tokenizer fails in its own way
         raise BackboneError(f"text_model {name!r} has no tokenizer that can be loaded: {_first_line(error)}") from error
     return with_audio_token(tokenizer, audio_token)
@@ -110,7 +116,7 @@ def load_feature_extractor(source: str | os.PathLike[str], *, revision: str | No
     if name.endswith(".pt"):
         return WhisperFeatureExtractor(feature_size=_openai_whisper(name).conv1.in_channels)
     try:
-        return AutoFeatureExtractor.from_pretrained(name, revision=revision)
+        return AutoFeatureExtractor.from_pretrained(_audio_place(name), revision=revision)
     except Exception as error:
         raise BackboneError(f"audio_model {name!r} has no feature extractor that can be loaded: {_first_line(error)}") from error
 
@@ -121,9 +127,17 @@ def load_encoder_config(source: str | os.PathLike[str], *, revision: str | None 
     if name.endswith(".pt"):
         return _openai_whisper(name)
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(_audio_place(name), revision=revision)
     except Exception as error:
         raise BackboneError(f"audio_model {name!r} has no config that can be loaded: {_first_line(error)}") from error
+
+
+def _audio_place(name: str) -> str:
+    return str(encoder_path()) if name == SHIPPED else name
+
+
+def _text_place(name: str) -> str:
+    return str(language_model_path()) if name == SHIPPED else name
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:

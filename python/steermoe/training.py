@@ -136,7 +136,7 @@ def train(
 
 def build(config: ModelConfig, *, seed: int = 0) -> tuple[Any, Any]:
     """A model with a new aligner, drawn from ``seed``, and its processor, as ``config`` describes them. Errors are those of loading."""
-    audio_model, text_model = _shipped(config.audio_model, "encoder"), _shipped(config.text_model, "language_model")
+    audio_model, text_model = config.audio_model, config.text_model
     torch.manual_seed(seed)
     model = SteerMoEForConditionalGeneration.from_backbones(
         audio_model,
@@ -162,14 +162,6 @@ def build(config: ModelConfig, *, seed: int = 0) -> tuple[Any, Any]:
         audio_padding=config.audio_padding,
     )
     return model, processor
-
-
-def _shipped(name: str, which: str) -> str:
-    if name != "shipped":
-        return name
-    from . import backbones
-
-    return str(backbones.encoder_path() if which == "encoder" else backbones.language_model_path())
 
 
 def _checkpoint_to_resume(run: Path, resume: bool | str | os.PathLike[str] | None) -> Path | None:

@@ -1,0 +1,166 @@
+"""The demo from synthesis to report, and the command line on the checkpoint that it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+pytest.importorskip("espeakng_loader", reason="speech synthesis needs the espeakng-loader wheel")
+
+from steermoe.backbones import encoder_path, language_model_path
+from steermoe.demo import demonstration
+from steermoe.demo.report import wer_by_voice
+from steermoe.demo.speech import HELD_OUT_VOICES
+
+try:
+    encoder_path(), language_model_path()
+except FileNotFoundError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[demonstration.DemoResult, Path]:
+    """A demo of the fewest steps, and its folder."""
+    folder = tmp_path_factory.mktemp("demo")
+    return demonstration.run(folder, minutes=0.01, training_clips=96, per_voice=1), folder
+
+
+def steermoe(*arguments: object, **settings: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "steermoe.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"COLUMNS": "200"}, **settings)  # type: ignore[call-overload]
+
+
+# --- the demo -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_training_helps_on_voices_never_heard(shown: tuple[demonstration.DemoResult, Path]) -> None:
+    result, _ = shown
+    for rival in (result.steered, result.projection):
+        assert rival.untrained.errors is not None and rival.trained.errors is not None
+        assert rival.steps == demonstration.FEWEST_STEPS
+        assert rival.trained.errors.wer.rate < 0.8 * rival.untrained.errors.wer.rate
+        assert rival.losses[-1][1] < 0.5 * rival.losses[0][1]
+    assert result.wer == result.steered.trained.errors.wer.rate  # type: ignore[union-attr]
+    assert set(wer_by_voice(result.steered.trained)) == {str(voice) for voice in HELD_OUT_VOICES}
+
+
+def test_the_projection_alone_steers_nothing(shown: tuple[demonstration.DemoResult, Path]) -> None:
+    result, folder = shown
+    assert result.steered.parameters > result.projection.parameters > 0
+    found = json.loads(steermoe("inspect", result.projection.checkpoint, "--json").stdout)
+    assert found["layer_scales"] == [0.0] * len(found["layer_scales"])
+    assert folder in result.projection.checkpoint.parents
+
+
+def test_the_backbones_are_untouched(shown: tuple[demonstration.DemoResult, Path]) -> None:
+    assert shown[0].preservation.passed, shown[0].preservation.report()
+
+
+def test_the_report_holds_everything_and_loads_nothing(shown: tuple[demonstration.DemoResult, Path]) -> None:
+    result, folder = shown
+    page = (folder / "report.html").read_text()
+    for words in (f"{result.wer:.1%} word error rate", "The router", "Steered, and the projection alone", result.question[0]):
+        assert words in page
+    assert page.count("data:image/png;base64,") == 3 and "data:audio/flac;base64," in page
+    assert not re.search(r"""(?:src|href)=(?!["']data:)""", page)
+    assert {"reference", "cpu"} <= result.timings.keys() | {"cpu"}
+
+
+def test_bad_budget(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="minutes must be above 0"):
+        demonstration.run(tmp_path / "x", minutes=0)
+    assert not (tmp_path / "x").exists()
+
+
+# --- the command line ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_transcribe_in_every_form_and_name_what_cannot_be_read(shown: tuple[demonstration.DemoResult, Path], tmp_path: Path) -> None:
+    result, folder = shown
+    clip, broken = folder / "held-out" / "0000.flac", tmp_path / "broken.wav"
+    broken.write_text("not audio")
+    run = steermoe("transcribe", clip, broken, "-c", result.steered.checkpoint)
+    assert run.returncode == 1 and "broken.wav" in run.stderr and str(clip) in run.stdout
+    assert len(run.stdout.splitlines()) == 1
+    run = steermoe("transcribe", clip, "-c", result.steered.checkpoint, "-f", "srt", "--output-dir", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "0000.srt").read_text().startswith("1\n00:00:00,000 --> ")
+    spoken = json.loads(steermoe("transcribe", clip, "-c", result.steered.checkpoint, "-f", "json").stdout)
+    assert spoken["segments"][0]["text"] == spoken["text"] != ""
+
+
+def test_ask(shown: tuple[demonstration.DemoResult, Path]) -> None:
+    result, folder = shown
+    run = steermoe("ask", folder / "held-out" / "0001.flac", "how many words?", "-c", result.steered.checkpoint)
+    assert run.returncode == 0 and run.stdout.strip(), run.stderr
+
+
+def test_eval_writes_every_hypothesis(shown: tuple[demonstration.DemoResult, Path], tmp_path: Path) -> None:
+    result, folder = shown
+    output = tmp_path / "hypotheses.jsonl"
+    arguments = ("--prompt", demonstration.PROMPT, "-o", output, "--json")
+    run = steermoe("eval", folder / "held-out" / "manifest.jsonl", "-c", result.steered.checkpoint, *arguments)
+    assert run.returncode == 0, run.stderr
+    assert len(output.read_text().splitlines()) == len(HELD_OUT_VOICES)
+    assert 0 <= json.loads(run.stdout)["errors"]["raw_wer"]["rate"] <= 1.5
+
+
+def test_verify_finds_a_single_flipped_bit(shown: tuple[demonstration.DemoResult, Path], tmp_path: Path) -> None:
+    result, _ = shown
+    run = steermoe("verify", result.steered.checkpoint)
+    assert run.returncode == 0 and "untouched" in run.stdout, run.stdout + run.stderr
+    corrupted = tmp_path / "language_model"
+    corrupted.mkdir()
+    for file in language_model_path().iterdir():
+        content = bytearray(file.read_bytes())
+        if file.name == "model.safetensors":
+            content[-1001] ^= 1
+        (corrupted / file.name).write_bytes(content)
+    run = steermoe("verify", result.steered.checkpoint, "--text-model", corrupted)
+    assert run.returncode == 1, run.stdout
+
+
+def test_inspect_draws(shown: tuple[demonstration.DemoResult, Path], tmp_path: Path) -> None:
+    result, _ = shown
+    run = steermoe("inspect", result.steered.checkpoint, "-o", tmp_path / "experts.png")
+    assert run.returncode == 0, run.stderr
+    assert f"{result.steered.parameters:,}" in run.stdout and "entropy" in run.stdout
+    assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_check_lists_what_is_wrong(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 16000), 16000)
+    (tmp_path / "m.jsonl").write_text(
+        '{"audio_filepath": "a.wav", "text": "hello"}\n{"audio_filepath": "gone.wav", "text": "x"}\n{broken\n'
+    )
+    run = steermoe("data", "check", tmp_path / "m.jsonl")
+    assert run.returncode == 1
+    assert "gone.wav" in run.stdout and "3" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("train", "nowhere.yaml"), 1, "nowhere.yaml"),
+        (("train", "demo", "training.max_stepz=3"), 1, "max_steps"),
+        (("transcribe", "a.wav", "-c", "nowhere"), 1, "nowhere"),
+        (("transcribe", "a.wav"), 2, "--checkpoint"),
+        (("inspect", "nowhere"), 1, "no checkpoint of an aligner"),
+        (("data", "check", "nowhere"), 1, "nowhere"),
+        (("frobnicate",), 2, "frobnicate"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_input_is_one_sentence(arguments: tuple[str, ...], status: int, words: str, tmp_path: Path) -> None:
+    run = steermoe(*arguments, cwd=tmp_path)
+    assert run.returncode == status, run.stdout + run.stderr
+    assert words in run.stderr and "Traceback" not in run.stderr
+    assert not list(tmp_path.iterdir())
