@@ -1,7 +1,7 @@
 """Builds the compiled modules with CMake and Ninja; everything else is in pyproject.toml.
 
 Environment: STEERMOE_CPU=0 leaves the C++ module out (pure Python, backends `reference` and `triton`). STEERMOE_CUDA=1 makes a missing
-nvcc an error and 0 skips CUDA; STEERMOE_CUDA_ARCHS overrides the architectures. CUDA sources are built once csrc/cuda holds some.
+nvcc an error and 0 skips CUDA; unset, CUDA is built where nvcc is found. STEERMOE_CUDA_ARCHS overrides the architectures, sm_80 and sm_90a.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class CMakeBuild(build_ext):
                 shutil.copy2(module, ROOT / "steermoe_kernels")
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name.endswith("._cuda"):
+            return  # came with the first module
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,9 @@ class CMakeBuild(build_ext):
             sys.exit(f"error: building the C++ kernels failed ({' '.join(error.cmd[:2])}); STEERMOE_CPU=0 installs without them")
 
 
+MODULES = ["_cpu", *(["_cuda"] if wants_cuda() else [])] if wants_cpu() else []
+
 setup(
-    ext_modules=[Extension("steermoe_kernels._cpu", sources=[])] if wants_cpu() else [],
+    ext_modules=[Extension(f"steermoe_kernels.{module}", sources=[]) for module in MODULES],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -7,7 +7,8 @@ A backend is a module (or package) in this folder. It defines
 ``rejects(device, dtype) -> str | None``
     None if it takes a stream of this ``torch.device`` and ``torch.dtype``, else the reason.
 ``AUTO_DEVICES: frozenset[str]`` and ``PRIORITY: int``
-    The device types for which ``backend="auto"`` may choose it; of several, the highest priority wins.
+    The device types for which ``backend="auto"`` may choose it; of several, the highest priority wins, unless `steermoe_kernels.choice`
+    knows which was measured to be faster.
 ``steer_forward(x, residual, weight, bias, vectors, scale, norm_weight, norm_bias, options) -> (y, normed, gates, probs, stats)``
     Equations of `steermoe_kernels.reference`. ``x`` and ``residual`` (B, T, D) are contiguous and of one dtype, never empty;
     parameters are contiguous, of any floating dtype. The pool and the norm read ``y`` as it is stored, rounded: the backward has nothing
@@ -32,9 +33,9 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["Options", "available_backends", "backend_states", "get_backend", "select_backend"]
+from .. import choice
 
-_NOT_BUILT = {"cuda": "the CUDA C++ kernels are not part of this release; on NVIDIA GPUs there is backend='triton'"}
+__all__ = ["Options", "available_backends", "backend_states", "get_backend", "select_backend"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _load(name: str) -> ModuleType:
 
 def backend_states() -> dict[str, str | None]:
     """Every backend's name, with None if it can run on this machine and else the reason why not."""
-    return {name: _load(name).unavailable() for name in _names()} | _NOT_BUILT
+    return {name: _load(name).unavailable() for name in _names()}
 
 
 def available_backends() -> list[str]:
@@ -85,8 +86,6 @@ def available_backends() -> list[str]:
 def get_backend(name: str) -> ModuleType:
     """The backend called ``name``. ValueError if there is none of that name, RuntimeError if it cannot run on this machine."""
     if name not in _names():
-        if name in _NOT_BUILT:
-            raise RuntimeError(f"backend {name!r} is unavailable: {_NOT_BUILT[name]}")
         raise ValueError(f"unknown backend {name!r}: choose one of auto, {', '.join(_names())}")
     backend = _load(name)
     if (reason := backend.unavailable()) is not None:
@@ -112,10 +111,10 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> Modul
 
 @cache
 def _auto(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    candidates = [_load(name) for name in _names()]
-    usable = [
-        backend
-        for backend in candidates
-        if device.type in backend.AUTO_DEVICES and backend.unavailable() is None and backend.rejects(device, dtype) is None
-    ]
+    def runs(backend: ModuleType) -> bool:
+        return backend.unavailable() is None and backend.rejects(device, dtype) is None
+
+    if (measured := choice.fastest(device, dtype)) is not None and runs(_load(measured)):
+        return _load(measured)
+    usable = [backend for backend in map(_load, _names()) if device.type in backend.AUTO_DEVICES and runs(backend)]
     return max(usable, key=lambda backend: backend.PRIORITY, default=_load("reference"))

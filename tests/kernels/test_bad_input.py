@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from steermoe_kernels import FusedSteerMoE, reference
 from steermoe_kernels import functional as SF
+from steermoe_kernels.backends import backend_states
 
 WIDTH, EXPERTS = 6, 3
+UNAVAILABLE = [name for name, reason in backend_states().items() if reason is not None]
 
 
 def _arguments(device: torch.device | str = "cpu", shape: tuple[int, ...] = (2, 5, WIDTH)) -> dict[str, Any]:
@@ -87,7 +89,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("negative pool_size", {"pool": "mean", "pool_size": -2}, ValueError, r"pool_size must be at least 1, got -2"),
     ("fractional pool_size", {"pool": "mean", "pool_size": 2.0}, TypeError, r"pool_size must be an integer, got 2.0"),
     ("unknown backend", {"backend": "tpu"}, ValueError, r"unknown backend 'tpu': choose one of auto, .*reference"),
-    ("backend of another release", {"backend": "cuda"}, RuntimeError, r"backend 'cuda' is unavailable: "),
+    *[("a backend that cannot run here", {"backend": name}, RuntimeError, f"backend '{name}' is unavailable: ") for name in UNAVAILABLE],
 ]
 STEER_HAS = {"x", "weight", "bias", "vectors", "scale", "top_k", "backend"}
 RUNS = [pytest.param(_steer_norm, *case[1:], id=f"{case[0]} in steer_norm") for case in BAD]
@@ -135,7 +137,7 @@ def _expect(good: dict[str, Any], call: Any, error: type[Exception], message: st
         ({"top_k": 0}, ValueError, r"top_k must be between 1 and num_experts \(8\), got 0"),
         ({"top_k": 9}, ValueError, r"top_k must be between 1 and num_experts \(8\), got 9"),
         ({"backend": "tpu"}, ValueError, "unknown backend 'tpu'"),
-        ({"backend": "cuda"}, RuntimeError, "backend 'cuda' is unavailable: "),
+        *[({"backend": name}, RuntimeError, f"backend '{name}' is unavailable: ") for name in UNAVAILABLE],
     ],
     ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else None,
 )

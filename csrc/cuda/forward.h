@@ -1,0 +1,155 @@
+// Forward of a steering pass on the GPU, in one walk over the frames: a tile of up to 16 rows comes to shared memory once, meets the
+// router, the steering vectors and the norm there, and leaves once.
+//
+//   u = x + r    z = u W^T + b    g = route(z)    y = u + s (g V)    p = pool(y)    n = norm(p)
+#pragma once
+
+#include "products.h"
+#include "routing.h"
+#include "windows.h"
+
+namespace steer::cuda {
+
+// What a block keeps in shared memory, besides its tiles.
+struct ForwardShared {
+  int z_stride, g_stride;
+
+  STEER_BOTH explicit ForwardShared(int experts) : z_stride(experts), g_stride(table_stride(experts)) {}
+  STEER_BOTH int partials() const { return 0; }
+  STEER_BOTH int z() const { return partials() + kWarps * kRows * kPartialStride; }
+  STEER_BOTH int g() const { return z() + kRows * z_stride; }
+  STEER_BOTH int end() const { return round_up(g() + kRows * g_stride, 4); }  // floats; the tiles start on 16 bytes
+};
+
+// n = norm(p) of one window, by one warp; p is read from the tile, as it was stored, three times.
+template <typename S>
+STEER_DEVICE void norm_window(const Forward& call, const Plan& plan, Tile<S> y, int row, int frames, std::int64_t window) {
+  const Problem& problem = call.problem;
+  const int width = static_cast<int>(problem.width), lane = thread_index() % kWarpSize;
+  const float size = static_cast<float>(width);
+  float p[8];
+  int argmax[8];
+  float mean = 0.0f, squares = 0.0f;
+  if (problem.norm == Norm::kLayer) {
+    for (int column = 8 * lane; column < width; column += 8 * kWarpSize) {
+      pool_chunk(problem.pool, y.at(row, column), y.stride, frames, p, argmax);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) mean += p[c];
+    }
+    mean = sum_over_warp(mean) / size;
+  }
+  for (int column = 8 * lane; column < width; column += 8 * kWarpSize) {
+    pool_chunk(problem.pool, y.at(row, column), y.stride, frames, p, argmax);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) squares = multiply_add(p[c] - mean, p[c] - mean, squares);
+  }
+  const float rstd = 1.0f / square_root(sum_over_warp(squares) / size + static_cast<float>(problem.eps));
+  if (lane == 0) {
+    float* stats = static_cast<float*>(call.stats);
+    stats[window] = mean;
+    stats[problem.batch * problem.pooled + window] = rstd;
+  }
+  S* normed = static_cast<S*>(call.normed) + window * width;
+  for (int column = 8 * lane; column < width; column += 8 * kWarpSize) {
+    float gamma[8], beta[8];
+    read_parameter_chunk(problem.norm_weight, column, 1.0f, gamma);
+    read_parameter_chunk(problem.norm_bias, column, 0.0f, beta);
+    pool_chunk(problem.pool, y.at(row, column), y.stride, frames, p, argmax);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) p[c] = multiply_add((p[c] - mean) * rstd, gamma[c], beta[c]);
+    write_chunk(normed + column, narrow_chunk<S>(p));
+  }
+}
+
+// S: the stream's type; P: that of W and V.
+template <typename S, typename P>
+STEER_KERNEL STEER_THREADS(kThreads, 2) steer_forward_kernel(const Forward call, const Plan plan) {
+  using M = std::conditional_t<std::is_same_v<S, Half> && std::is_same_v<P, Half>, Half, BFloat16>;
+  constexpr bool kFine = std::is_same_v<S, float>;
+  const Problem& problem = call.problem;
+  const int width = static_cast<int>(problem.width), experts = static_cast<int>(problem.experts);
+  const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+  const bool has_residual = call.residual != nullptr;
+
+  const ForwardShared shared(experts);
+  float* scratch = reinterpret_cast<float*>(shared_memory());
+  float *partials = scratch + shared.partials(), *z = scratch + shared.z(), *g = scratch + shared.g();
+  S* tiles = reinterpret_cast<S*>(scratch + shared.end());
+  const int tile_size = plan.frames * plan.stride;
+  const auto x_tile = [&](int stage) { return Tile<S>{tiles + stage * (has_residual ? 2 : 1) * tile_size, plan.stride}; };
+  const auto r_tile = [&](int stage) { return has_residual ? Tile<S>{x_tile(stage).data + tile_size, plan.stride} : Tile<S>{}; };
+
+  const auto fetch = [&](std::int64_t tile, int stage) {
+    if (tile < plan.tiles()) {
+      const Span span = span_of(plan, tile);
+      copy_rows(x_tile(stage), static_cast<const S*>(call.x) + span.first * width, span.frames, 1, width, kThreads);
+      if (has_residual)
+        copy_rows(r_tile(stage), static_cast<const S*>(call.residual) + span.first * width, span.frames, 1, width, kThreads);
+    }
+    commit_copies();
+  };
+
+  const float s = read_parameter(problem.scale, 0);
+  const P* W = static_cast<const P*>(problem.weight.data);
+  const P* V = static_cast<const P*>(problem.vectors.data);
+  for (int k = thread_index(); k < kRows * shared.g_stride; k += kThreads) g[k] = 0.0f;  // rows that no frame fills stay zero
+
+  int stage = 0;
+  if (plan.stages == 2) fetch(block_index(), 0);
+  for (std::int64_t tile = block_index(); tile < plan.tiles(); tile += grid_size()) {
+    if (plan.stages == 2) {
+      fetch(tile + grid_size(), 1 - stage);
+      wait_for_copies<1>();
+    } else {
+      fetch(tile, 0);
+      wait_for_copies<0>();
+    }
+    sync_block();
+    const Span span = span_of(plan, tile);
+    const Tile<S> x = x_tile(stage), r = r_tile(stage);
+
+    block_dots<M, true>(x, r, span.frames, W, experts, width, partials, z, shared.z_stride);
+
+    for (int row = warp; row < span.frames; row += kWarps) {
+      float* logits = z + row * shared.z_stride;
+      if (problem.bias.data != nullptr) {
+        for (int e = lane; e < experts; e += kWarpSize) logits[e] += read_parameter(problem.bias, e);
+        sync_warp();
+      }
+      const std::int64_t at = (span.first + row) * experts;
+      route(problem, logits, g + row * shared.g_stride, static_cast<float*>(call.gates) + at,
+            call.probs == nullptr ? nullptr : static_cast<float*>(call.probs) + at);
+    }
+    sync_block();
+
+    // y takes x's place in the tile, rounded: the norm reads it as it is stored, for the backward has nothing else.
+    mix<kFine>(g, shared.g_stride, span.frames, V, experts, width, [&](int row, int column, const float(&gV)[8]) {
+      const Chunk<S> u = read_shared_chunk(x.at(row, column));
+      float y[8];
+#pragma unroll
+      for (int c = 0; c < 8; ++c) y[c] = u.value(c);
+      if (has_residual) {
+        const Chunk<S> residual = read_shared_chunk(r.at(row, column));
+#pragma unroll
+        for (int c = 0; c < 8; ++c) y[c] += residual.value(c);
+      }
+#pragma unroll
+      for (int c = 0; c < 8; ++c) y[c] = multiply_add(s, gV[c], y[c]);
+      write_chunk(x.at(row, column), narrow_chunk<S>(y));
+    });
+    sync_block();
+
+    for (int row = warp; row < span.frames; row += kWarps) {
+      S* y = static_cast<S*>(call.y) + (span.first + row) * width;
+      for (int column = 8 * lane; column < width; column += 8 * kWarpSize) write_chunk(y + column, read_shared_chunk(x.at(row, column)));
+    }
+    if (problem.norm != Norm::kNone)
+      for (int window = warp; window < span.windows; window += kWarps)
+        norm_window(call, plan, x, window * plan.window, window_frames(plan, span, window), span.first_window + window);
+    sync_block();  // before the next tile's copies land here
+    if (plan.stages == 2) stage = 1 - stage;
+  }
+  wait_for_copies<0>();
+}
+
+}  // namespace steer::cuda

@@ -1,0 +1,145 @@
+// The gradient at y of a tile, d = dy + unpool(dp), in shared memory; and the workspace of a backward pass.
+//
+//   xhat = (p - mean) rstd       t = dn gamma       p = pool(y)
+//   dp = rstd (t - mean(t) - xhat mean(t xhat))     d = dy + unpool(dp)
+//
+// d takes the place of dy, and where it has more digits than the stream, of dn: as two bfloat16 parts of 16 bits together, which the tensor
+// cores multiply as they are. A window's row of dn comes to the row of its first frame, so that whoever forms the window's d overwrites
+// nothing that others still read.
+#pragma once
+
+#include "products.h"
+#include "routing.h"
+#include "windows.h"
+
+namespace steer::cuda {
+
+// Results of one kernel that the next one reads, in memory of the caller; null where nobody needs them.
+struct Workspace {
+  float* row_means = nullptr;  // (2, B, P): mean(t), mean(t xhat)
+  float* dz = nullptr;         // (N, E)
+  float* ga = nullptr;         // (N): sum_e g a
+  // One partial sum a split of the frames.
+  float* dweight = nullptr;   // (splits, E, D): dz^T y
+  float* mixed = nullptr;     // (splits, E, E): M = dz^T g
+  float* dvectors = nullptr;  // (splits, E, D): g^T d
+  float* dbias = nullptr;     // (splits, E)
+  float* dscale = nullptr;    // (splits)
+  float* dgamma = nullptr;    // (splits, D)
+  float* dbeta = nullptr;     // (splits, D)
+  int splits = 0;
+};
+
+// How d lies in shared memory: float32 for a float32 stream, else bfloat16 parts.
+template <typename S>
+using GradientType = std::conditional_t<std::is_same_v<S, float>, float, BFloat16>;
+
+// Which tiles a backward pass keeps. Without a norm, the dy of a bfloat16 or float32 stream is d, as it came.
+template <typename S>
+struct GradientTiles {
+  bool forms, second;
+
+  STEER_BOTH explicit GradientTiles(const Backward& call)
+      : forms(call.dnormed != nullptr || call.dy == nullptr || std::is_same_v<S, Half>),
+        second(call.dnormed != nullptr || std::is_same_v<S, Half>) {}
+};
+
+// One window's numbers.
+struct WindowNumbers {
+  float mean, rstd, mean_t, mean_txhat;
+};
+
+STEER_DEVICE WindowNumbers read_stats(const Backward& call, std::int64_t window) {
+  const float* stats = static_cast<const float*>(call.stats);
+  return {stats[window], stats[call.problem.batch * call.problem.pooled + window], 0.0f, 0.0f};
+}
+
+// mean(t) and mean(t xhat) of one window, by one warp; `dn` is the row of dn in shared memory.
+template <typename S>
+STEER_DEVICE void window_means(const Backward& call, const S* y, int stride, int frames, const S* dn, WindowNumbers& numbers) {
+  const int width = static_cast<int>(call.problem.width), lane = thread_index() % kWarpSize;
+  float sum_t = 0.0f, sum_txhat = 0.0f;
+  for (int column = 8 * lane; column < width; column += 8 * kWarpSize) {
+    float p[8], gamma[8];
+    int argmax[8];
+    pool_chunk(call.problem.pool, y + column, stride, frames, p, argmax);
+    read_parameter_chunk(call.problem.norm_weight, column, 1.0f, gamma);
+    const Chunk<S> incoming = read_shared_chunk(dn + column);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      const float t = incoming.value(c) * gamma[c];
+      sum_t += t;
+      sum_txhat = multiply_add(t, (p[c] - numbers.mean) * numbers.rstd, sum_txhat);
+    }
+  }
+  sum_t = sum_over_warp(sum_t), sum_txhat = sum_over_warp(sum_txhat);
+  const float size = static_cast<float>(width);
+  numbers.mean_t = call.problem.norm == Norm::kLayer ? sum_t / size : 0.0f;
+  numbers.mean_txhat = sum_txhat / size;
+}
+
+// d of one window and eight columns, in place. `column` counts in the stream, `at` in the tiles. Adds to dgamma and dbeta (8).
+template <typename S>
+STEER_DEVICE void form_gradient(const Backward& call, Tile<S> y, Tile<S> first, Tile<S> second, int row, int frames, int at, int column,
+                                const WindowNumbers& numbers, float (&dgamma)[8], float (&dbeta)[8]) {
+  float dp[8];
+  int argmax[8];
+#pragma unroll
+  for (int c = 0; c < 8; ++c) dp[c] = 0.0f, argmax[c] = 0;
+  if (call.dnormed != nullptr) {
+    float p[8], gamma[8];
+    pool_chunk(call.problem.pool, y.at(row, at), y.stride, frames, p, argmax);
+    read_parameter_chunk(call.problem.norm_weight, column, 1.0f, gamma);
+    const Chunk<S> incoming = read_shared_chunk(second.at(row, at));
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      const float dn = incoming.value(c), xhat = (p[c] - numbers.mean) * numbers.rstd;
+      dgamma[c] = multiply_add(dn, xhat, dgamma[c]);
+      dbeta[c] += dn;
+      dp[c] = numbers.rstd * (dn * gamma[c] - numbers.mean_t - xhat * numbers.mean_txhat);
+      if (call.problem.pool == Pool::kMean) dp[c] /= static_cast<float>(frames);
+    }
+  }
+  const bool to_the_largest = call.problem.pool == Pool::kMax;
+  for (int f = 0; f < frames; ++f) {
+    float d[8];
+    const Chunk<S> dy = call.dy != nullptr ? read_shared_chunk(first.at(row + f, at)) : zero_chunk<S>();
+#pragma unroll
+    for (int c = 0; c < 8; ++c) d[c] = dy.value(c) + (to_the_largest && argmax[c] != f ? 0.0f : dp[c]);
+    if constexpr (std::is_same_v<S, float>) {
+      write_chunk(first.at(row + f, at), narrow_chunk<float>(d));
+    } else {
+      std::uint32_t parts[2][4];
+      neighbours<2>(narrow_chunk<float>(d), parts);
+      write(reinterpret_cast<Words*>(first.at(row + f, at)), {{parts[0][0], parts[0][1], parts[0][2], parts[0][3]}});
+      if (second.data != nullptr)
+        write(reinterpret_cast<Words*>(second.at(row + f, at)), {{parts[1][0], parts[1][1], parts[1][2], parts[1][3]}});
+    }
+  }
+}
+
+// Rows [0, 16) of a table (16, E) from global memory, zeros below `rows`.
+STEER_DEVICE void read_table(float* table, int stride, const float* source, int rows, int all_rows, int experts) {
+  for (int k = thread_index(); k < all_rows * experts; k += kThreads) {
+    const int row = k / experts, e = k % experts;
+    table[row * stride + e] = row < rows ? source[static_cast<std::int64_t>(row) * experts + e] : 0.0f;
+  }
+}
+
+STEER_DEVICE void clear(float* from, int count) {
+  for (int k = thread_index(); k < count; k += kThreads) from[k] = 0.0f;
+}
+
+// One step's sums of eight experts to a partial (E, columns).
+STEER_DEVICE void write_outer(float* partial, int experts, int width, int expert, int column, const float (&sums)[4][4]) {
+  const int i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int e = expert + 2 * q + c % 2, at = column + 8 * i + 2 * t + c / 2;
+      if (e < experts && at < width) partial[static_cast<std::int64_t>(e) * width + at] = sums[t][c];
+    }
+}
+
+}  // namespace steer::cuda

@@ -1,0 +1,227 @@
+// The three products that do nearly all the arithmetic, on the tensor cores, by a warp each:
+//
+//   dots    z (n, e)    = sum_d h[n][d] P[e][d]        logits u W^T, and a = d V^T
+//   mix     out (n, d)  = sum_e c[n][e] P[e][d]        g V, and dz W
+//   outer   acc (e, d) += sum_n c[n][e] h[n][d]        dW = dz^T y, and dV = g^T d
+//
+// h is a tile of up to 16 frames in shared memory, P a parameter (E, D) in global memory, read as it is stored, c a table of numbers in
+// shared memory. The block's warps take turns at steps of the width. The order of the numbers that are summed is free, and so is the order
+// of columns among the tensor cores' outputs: both are chosen so that a lane always reads and writes eight neighbours of a row, a
+// `Chunk`, and no operand has to be moved between lanes.
+//
+// The tensor cores cut off what does not fit when they add. So every step starts from zero, small parts first, and is added to the
+// running sum in float32 with rounding.
+#pragma once
+
+#include "parts.h"
+
+namespace steer::cuda {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kRows = 16;         // frames the tensor cores take at once
+constexpr int kDotsStep = 32;     // columns
+constexpr int kMixStep = 64;      // columns, of `outer` too
+constexpr int kExpertGroup = 32;  // experts whose sums a warp holds at once
+
+STEER_BOTH constexpr int round_up(int value, int to) { return (value + to - 1) / to * to; }
+
+// A table c (16, E) in shared memory, padded with zeros to whole products; rows lie eight banks apart.
+STEER_BOTH constexpr int table_stride(int experts) { return round_up(experts, 16) + 8; }
+
+// Rows of a tile, this far apart: 64 bytes more than whole lines, so that two rows read at once meet different banks.
+template <typename S>
+STEER_BOTH int tile_stride(int width) {
+  const int bytes = width * static_cast<int>(sizeof(S)), line = (bytes + 127) / 128 * 128;
+  return (bytes + 64 <= line ? line - 64 : line + 64) / static_cast<int>(sizeof(S));
+}
+
+template <typename T>
+struct Tile {
+  T* data = nullptr;
+  int stride = 0;
+
+  STEER_DEVICE T* at(int row, int column) const { return data + row * stride + column; }
+};
+
+// One step's share of `sums` [4][4]: experts `first` + 8 j + 2 q (+ 1), frames i (+ 8). `h` is `first_tile`, plus `second_tile` where there
+// is one; `rows` frames of it exist.
+//
+// M is the type multiplied in. Where tiles and M are one type, each tile is multiplied as it is; else their sum is cut into parts.
+template <typename M, bool fine, typename S, typename P>
+STEER_DEVICE void dots(Tile<S> first_tile, Tile<S> second_tile, int rows, const P* parameter, int first, int experts, int width,
+                       float (&sums)[4][4]) {
+  constexpr bool kAsStored = std::is_same_v<S, M>;
+  constexpr int kB = std::is_same_v<P, M> ? 1 : kParts<P, fine>;
+  constexpr int kA = kAsStored ? 2 : kParts<float, true>;
+  const int warp = thread_index() / kWarpSize, i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
+  const bool second = second_tile.data != nullptr;
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) sums[j][c] = 0.0f;
+
+  for (int step = warp; step * kDotsStep < width; step += kWarps) {
+    const int column = step * kDotsStep + 8 * q;
+    std::uint32_t a[2][kA][4];  // [frame i or i + 8][part, or tile][pair]
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = i + 8 * half;
+      const bool there = row < rows && column < width;
+      const Chunk<S> one = there ? read_shared_chunk(first_tile.at(row, column)) : zero_chunk<S>();
+      const Chunk<S> two = there && second ? read_shared_chunk(second_tile.at(row, column)) : zero_chunk<S>();
+      if constexpr (kAsStored) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) a[half][0][w] = one.word(w), a[half][1][w] = two.word(w);
+      } else {
+        float u[8];
+#pragma unroll
+        for (int c = 0; c < 8; ++c) u[c] = one.value(c) + two.value(c);
+        neighbours<kA>(narrow_chunk<float>(u), a[half]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (first + 8 * j >= experts) break;
+      const int e = first + 8 * j + i;
+      const bool there = e < experts && column < width;
+      std::uint32_t b[kB][4];
+      neighbours<kB>(there ? read_only_chunk(parameter + static_cast<std::int64_t>(e) * width + column) : zero_chunk<P>(), b);
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int order = kA + kB - 2; order >= 0; --order)
+#pragma unroll
+        for (int p = 0; p < kA; ++p) {
+          const int r = kAsStored ? (p == 0 ? order : order - 1) : order - p;
+          // As stored, p counts tiles, which are of one size: the second goes with every part, too.
+          if (r < 0 || r >= kB || (!kAsStored && !kept<kA, kB>(p, r))) continue;
+          if (kAsStored && p == 1 && !second) continue;
+          mma<M>(sum, a[0][p][0], a[1][p][0], a[0][p][1], a[1][p][1], b[r][0], b[r][1]);
+          mma<M>(sum, a[0][p][2], a[1][p][2], a[0][p][3], a[1][p][3], b[r][2], b[r][3]);
+        }
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sums[j][c] += sum[c];
+    }
+  }
+}
+
+// z (16, E) = h P^T into a table in shared memory, by all warps; `partials` (warps, 16, 33) is scratch. Ends with a barrier.
+constexpr int kPartialStride = kExpertGroup + 1;
+
+template <typename M, bool fine, typename S, typename P>
+STEER_DEVICE void block_dots(Tile<S> first_tile, Tile<S> second_tile, int rows, const P* parameter, int experts, int width, float* partials,
+                             float* z, int z_stride) {
+  const int warp = thread_index() / kWarpSize, i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
+  for (int first = 0; first < experts; first += kExpertGroup) {
+    float sums[4][4];
+    dots<M, fine>(first_tile, second_tile, rows, parameter, first, experts, width, sums);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        partials[(warp * kRows + i + 8 * (c / 2)) * kPartialStride + 8 * j + 2 * q + c % 2] = sums[j][c];
+    sync_block();
+    const int group = experts - first < kExpertGroup ? experts - first : kExpertGroup;
+    for (int k = thread_index(); k < kRows * kExpertGroup; k += kThreads) {
+      const int row = k / kExpertGroup, e = k % kExpertGroup;
+      if (e >= group) continue;
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += partials[(w * kRows + row) * kPartialStride + e];
+      z[row * z_stride + first + e] = sum;
+    }
+    sync_block();
+  }
+}
+
+// out = c P, eight columns of a frame at a time to `emit(row, column, values)`, for this warp's steps. `fine`: to float32's precision.
+template <bool fine, typename P, typename Emit>
+STEER_DEVICE void mix(const float* table, int stride, int rows, const P* parameter, int experts, int width, Emit emit) {
+  constexpr int kA = fine ? 3 : 2, kB = kParts<P, fine>;
+  const int warp = thread_index() / kWarpSize, i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
+  const int chunk = i / 2 + 4 * (i % 2);  // output columns 2q and 2q + 1 of a product are then chunks q and q + 4
+  for (int step = warp; step * kMixStep < width; step += kWarps) {
+    const int column = step * kMixStep + 8 * chunk;
+    float sums[8][4];
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sums[j][c] = 0.0f;
+
+    for (int first = 0; first < experts; first += 16) {
+#pragma unroll
+      for (int high = 0; high < 2; ++high) {  // experts first .. first + 7, then the next eight
+        const int e = first + 8 * high + 2 * q;
+        if (first + 8 * high >= experts) break;
+        std::uint32_t a[2][kA];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* c = table + (i + 8 * half) * stride + e;
+          split_pair(c[0], c[1], a[half]);
+        }
+        std::uint32_t b[kB][8];
+        const P* row = parameter + static_cast<std::int64_t>(e) * width + column;
+        across<kB>(e < experts && column < width ? read_only_chunk(row) : zero_chunk<P>(),
+                   e + 1 < experts && column < width ? read_only_chunk(row + width) : zero_chunk<P>(), b);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+          for (int order = kA + kB - 2; order >= 0; --order)
+#pragma unroll
+            for (int p = 0; p < kA; ++p)
+              if (order - p >= 0 && order - p < kB && kept<kA, kB>(p, order - p)) mma_k8(sum, a[0][p], a[1][p], b[order - p][j]);
+#pragma unroll
+          for (int c = 0; c < 4; ++c) sums[j][c] += sum[c];
+        }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int row = i + 8 * (c / 2), at = step * kMixStep + 8 * (q + 4 * (c % 2));
+      float values[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) values[j] = sums[j][c];
+      if (row < rows && at < width) emit(row, at, values);
+    }
+  }
+}
+
+// acc [4][4] += h^T c over one step of the width, eight experts and 16 frames: acc[t] holds columns 8 i + 2 t (c < 2) and the next,
+// experts 2 q + c % 2. `b` [half][part]: frames q and q + 4, and q + 8 and q + 12, of expert `first` + i, from `outer_factor`.
+template <int Parts>
+STEER_DEVICE void outer_factor(const float* table, int stride, int expert, std::uint32_t (&b)[2][Parts]) {
+  const int i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float* c = table + (q + 8 * half) * stride + expert + i;
+    split_pair(c[0], c[4 * stride], b[half]);
+  }
+}
+
+template <int A, int B, typename T>
+STEER_DEVICE void outer(Tile<T> h, int rows, int column, int width, const std::uint32_t (&b)[2][B], float (&sums)[4][4]) {
+  const int i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
+  const int mine = column + 8 * i;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = q + 8 * half;
+    if (8 * half >= rows) break;
+    std::uint32_t a[A][8];
+    across<A>(row < rows && mine < width ? read_shared_chunk(h.at(row, mine)) : zero_chunk<T>(),
+              row + 4 < rows && mine < width ? read_shared_chunk(h.at(row + 4, mine)) : zero_chunk<T>(), a);
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int order = A + B - 2; order >= 0; --order)
+#pragma unroll
+        for (int p = 0; p < A; ++p)
+          if (order - p >= 0 && order - p < B && kept<A, B>(p, order - p)) mma_k8(sum, a[p][2 * t], a[p][2 * t + 1], b[half][order - p]);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sums[t][c] += sum[c];
+    }
+  }
+}
+
+}  // namespace steer::cuda
