@@ -9,11 +9,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..demo.phrases import Phrase
 from . import chat_tasks
@@ -54,7 +55,7 @@ class Lesson:
         shares: share of each kind of content.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, phrases: list[Phrase], seed: int, shares: dict[str, float]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, phrases: list[Phrase], seed: int, shares: dict[str, float]) -> None:
         self.tokenizer, self.phrases, self.shares = tokenizer, phrases, shares
         self.rng = random.Random(f"lesson-{seed}")
         vocabulary = tokenizer.get_vocab()
@@ -154,6 +155,11 @@ def collate(examples: list[Example], pad: int, longest: int | None = None) -> Ba
             padded[clip, : len(weights)] = weights
         batch.frames[kind] = (torch.tensor([row for row, _ in clips]), torch.from_numpy(padded), lengths)
     return batch
+
+
+def token_embeddings(model: PreTrainedModel) -> nn.Embedding:
+    """The model's table of input embeddings."""
+    return cast(nn.Embedding, model.get_input_embeddings())
 
 
 def place(embedded: Tensor, rows: Tensor, vectors: Tensor, lengths: list[int]) -> Tensor:

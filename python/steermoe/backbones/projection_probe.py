@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import jiwer
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ..demo.phrases import phrases
 from .chat_tasks import TRANSCRIBE, Turn
-from .lesson import CODED_LETTERS, CODED_SOUNDS, IGNORED, Batch, Lesson, collate, place
+from .lesson import CODED_LETTERS, CODED_SOUNDS, IGNORED, Batch, Lesson, collate, place, token_embeddings
 from .soft_prompts import LETTER_BLANK, SOUND_BLANK, SimulatedEncoder
 
 
@@ -32,16 +32,16 @@ class ProbeCurve:
     hypotheses: list[str] = field(default_factory=list)
 
 
-def embed(model: PreTrainedModel, encoder: SimulatedEncoder, batch: Batch) -> Tensor:
-    embedded = model.get_input_embeddings()(batch.ids)
+def embed(model: LlamaForCausalLM, encoder: SimulatedEncoder, batch: Batch) -> Tensor:
+    embedded = token_embeddings(model)(batch.ids)
     for rows, weights, lengths in batch.frames.values():
         embedded = place(embedded, rows, encoder(weights), lengths)
     return embedded
 
 
 def probe(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
     symbols: str = "letters",
     *,
     steps: int = 250,
@@ -86,7 +86,7 @@ def probe(
 
 @torch.no_grad()
 def word_error_rate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, encoder: SimulatedEncoder, kind: str, count: int
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, encoder: SimulatedEncoder, kind: str, count: int
 ) -> tuple[float, list[str]]:
     """Word error rate of greedy decoding of `count` held-out sentences, and what was decoded."""
     lesson = Lesson(tokenizer, phrases(7, count, "heldout"), 7, {})
@@ -102,7 +102,7 @@ def word_error_rate(
 
 @torch.no_grad()
 def generate_padded(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, embedded: Tensor, lengths: list[int], max_new_tokens: int
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, embedded: Tensor, lengths: list[int], max_new_tokens: int
 ) -> list[str]:
     """Greedy answers to prompts given as embeddings (prompts, positions, width), padded on the right to be moved to the left."""
     longest = embedded.shape[1]

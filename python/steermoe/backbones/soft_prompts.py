@@ -90,7 +90,7 @@ def letter_rows(text: str, rng: random.Random) -> np.ndarray:
             else:
                 symbols.append(symbol)
         symbols.append(symbol)
-    return np.eye(NUM_TOKENS + 1, dtype=np.float32)[symbols]
+    return np.eye(NUM_TOKENS + 1, dtype=np.float32)[symbols or [TOKEN_OF[text[0]]]]  # something is heard of every content
 
 
 def sounded_rows(text: str, rng: random.Random) -> np.ndarray:

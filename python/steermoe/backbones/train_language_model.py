@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ..demo.phrases import phrases
 from . import chat_tasks
-from .lesson import BLENDED, CODED_LETTERS, CODED_SOUNDS, IGNORED, WRITTEN, Batch, Lesson, place
+from .lesson import BLENDED, CODED_LETTERS, CODED_SOUNDS, IGNORED, WRITTEN, Batch, Lesson, place, token_embeddings
 from .projection_probe import generate_padded, probe
 from .soft_prompts import LETTER_BLANK, SOUND_BLANK, TOKEN_OF, SimulatedEncoder, blank_vector, perturb
 from .tokenizer import build_tokenizer
@@ -35,7 +35,7 @@ BEGINNING = {WRITTEN: 0.35, BLENDED: 0.65}
 """Shares of the first twentieth of training: a learner's projection can only follow a model that already reads its own embeddings."""
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
     """The untrained model. Its embeddings start at a scale a freshly initialised projection of normalised features has, 0.5."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -50,10 +50,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="eager",  # at these lengths matrix products beat the fused attention's backward on a CPU, by 1.5 in a step
     )
     model = LlamaForCausalLM(config)
-    nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
+    model.set_attn_implementation("eager")  # at these lengths matrix products beat the fused attention's backward on a CPU: 1.5x in a step
+    nn.init.normal_(token_embeddings(model).weight, std=0.5)
     return model
 
 
@@ -94,7 +94,7 @@ class Learners:
 
 def embed(model: LlamaForCausalLM, batch: Batch, learners: Learners, rng: random.Random, generator: torch.Generator) -> Tensor:
     """Token embeddings with the soft prompts in their places. (sequences, positions, width)"""
-    table = model.get_input_embeddings().weight
+    table = token_embeddings(model).weight
     embedded = nn.functional.embedding(batch.ids, table)
     for kind, (rows, weights, lengths) in batch.frames.items():
         if kind != BLENDED:
@@ -112,7 +112,7 @@ def embed(model: LlamaForCausalLM, batch: Batch, learners: Learners, rng: random
 def parameter_groups(model: LlamaForCausalLM, weight_decay: float) -> tuple[list[nn.Parameter], list[dict]]:
     """The layers' matrices, for Muon, and AdamW's groups: the output matrix decayed, embeddings and norms not."""
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
-    rest = [parameter for parameter in model.model.parameters() if parameter.ndim == 1] + [model.get_input_embeddings().weight]
+    rest = [parameter for parameter in model.model.parameters() if parameter.ndim == 1] + [token_embeddings(model).weight]
     return matrices, [{"params": list(model.lm_head.parameters()), "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
@@ -124,7 +124,7 @@ def schedule(step: int, steps: int, warmup: int = 100) -> float:
 
 
 @torch.no_grad()
-def task_accuracies(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int = 64, seed: int = 11) -> dict[str, float]:
+def task_accuracies(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, count: int = 64, seed: int = 11) -> dict[str, float]:
     """Share of exactly right greedy answers about `count` written held-out sentences, by task."""
     lesson = Lesson(tokenizer, phrases(seed, count * 3, "heldout"), seed, {})
     rng = random.Random(f"accuracies-{seed}")
@@ -141,12 +141,12 @@ def task_accuracies(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
         batch = torch.full((count, max(map(len, prompts))), tokenizer.pad_token_id)
         for row, prompt in enumerate(prompts):
             batch[row, : len(prompt)] = torch.tensor(prompt)
-        answers = generate_padded(model, tokenizer, model.get_input_embeddings()(batch), [len(prompt) for prompt in prompts], 60)
+        answers = generate_padded(model, tokenizer, token_embeddings(model)(batch), [len(prompt) for prompt in prompts], 60)
         accuracies[turns[0].task] = sum(answer == turn.answer for answer, turn in zip(answers, turns, strict=True)) / count
     return accuracies
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, report: dict) -> None:
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, report: dict) -> None:
     """Write the float16 model, its tokenizer, greedy generation settings and the report of its training."""
     shipped = copy.deepcopy(model).half().eval()
     shipped.config.dtype = torch.float16
@@ -169,10 +169,22 @@ def train(
     optimizer: str = "muon",
     compiled: bool = True,
     save_every: int = 500,
+    resume: bool = False,
 ) -> dict:
-    """Train for `steps` batches of at most `tokens` positions and save into `folder`; returns the report that is saved beside them."""
+    """Train for `steps` batches of at most `tokens` positions and save into `folder`; returns the report that is saved beside the weights.
+
+    `resume` goes on from what an interrupted run saved in `folder`: the weights and the schedule; the optimizers' moments and the simulated
+    encoders begin anew, and so do the draws, from another seed.
+    """
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed)
+    done, seconds_before, losses_before = 0, 0, {}
+    if resume:
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+        saved = json.loads((folder / "training.json").read_text())
+        losses_before, seconds_before = saved["losses"], saved["training_seconds"]
+        done = max(map(int, losses_before))
+        seed += done
     generator = torch.Generator().manual_seed(seed)
     rng, learners = random.Random(f"train-{seed}"), Learners(model.config.hidden_size, seed)
     lesson = Lesson(tokenizer, phrases(seed, 60_000), seed, dict(BEGINNING))
@@ -191,22 +203,23 @@ def train(
         "machine": f"{processor_name()}, {torch.get_num_threads()} thread(s)",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "seed": seed,
+        "seed": seed - done,
         "steps": steps,
         "tokens_per_step": tokens,
         "optimizer": optimizer,
         "learning_rate": learning_rate,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "losses": {},
+        "resumed_at": done or None,
+        "losses": losses_before,
     }
     started = time.perf_counter()
     sums: dict[str, list[float]] = {}
-    for step in range(steps):
-        if step == steps // 20:
+    for step in range(done, steps):
+        if step >= steps // 20:
             lesson.shares.clear()
             lesson.shares.update(SHARES)
         batch = next(batches)
-        factor = schedule(step, steps)
+        factor = schedule(step, steps) * min(1.0, (step - done + 1) / 50)  # moments that begin anew need a warmup
         for one in optimizers:
             for group in one.param_groups:
                 group["lr"] = learning_rate * factor
@@ -227,15 +240,13 @@ def train(
         note_losses(sums, batch, losses.detach())
         if (step + 1) % 100 == 0:
             means = {kind: round(total / count, 4) for kind, (total, count) in sorted(sums.items())}
-            report["losses"][step + 1] = means
+            report["losses"][str(step + 1)] = means
             sums.clear()
             print(f"step {step + 1}/{steps}  {time.perf_counter() - started:.0f} s  {means}", flush=True)
-        if (step + 1) % save_every == 0 and step + 1 < steps:
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            report["training_seconds"] = seconds_before + round(time.perf_counter() - started)
+            report["simulated_encoders"] = learners.born
             save(model, tokenizer, folder, report)
-    report["training_seconds"] = round(time.perf_counter() - started)
-    report["processor_seconds"] = round(time.process_time())
-    report["simulated_encoders"] = learners.born
-    save(model, tokenizer, folder, report)
     return report
 
 
@@ -283,6 +294,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which needs a C++ compiler")
+    parser.add_argument("--resume", action="store_true", help="go on from what an interrupted run left in the output folder")
     parser.add_argument("--measure-only", action="store_true", help="measure the model in the output folder instead of training one")
     arguments = parser.parse_args()
     if not arguments.measure_only:
@@ -294,6 +306,7 @@ def main() -> None:
             learning_rate=arguments.learning_rate,
             optimizer=arguments.optimizer,
             compiled=not arguments.no_compile,
+            resume=arguments.resume,
         )
     report = measure(arguments.output)
     print(json.dumps({key: report[key] for key in ("task_accuracies", "probe")}, indent=2))
