@@ -4,6 +4,7 @@ import hashlib
 import re
 
 import pytest
+
 from steermoe.demo.phrases import LEXICON, TEMPLATES, digit_strings, phrases, sentences, split_of, words
 
 WORDS = words()[::20]

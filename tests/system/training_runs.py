@@ -35,7 +35,13 @@ def corpus(folder: Path, clips: int = 8, name: str = "clips.jsonl", texts: tuple
 
 
 def configuration(
-    backbones: tuple[Path, Path], train: Path, output: Path, *, eval: Path | None = None, model: dict[str, Any] | None = None, **training: Any
+    backbones: tuple[Path, Path],
+    train: Path,
+    output: Path,
+    *,
+    eval: Path | None = None,
+    model: dict[str, Any] | None = None,
+    **training: Any,
 ) -> TrainingConfig:
     """A configuration of the tiny backbones, an encoder's and a language model's folder; ``training`` changes that section."""
     return TrainingConfig.from_dict(
