@@ -163,7 +163,8 @@ def _file(where: str, name: str, revision: str | None, hub: Mapping[str, Any]) -
         found = cached_file(where, name, revision=revision, **{key: hub[key] for key in taken if key in hub})
     except OSError as error:
         raise CheckpointError(f"{where} is no SteerMoE checkpoint, or an unfinished one: it has no {name}") from error
-    assert found is not None
+    if found is None:
+        raise CheckpointError(f"{where} is no SteerMoE checkpoint, or an unfinished one: it has no {name}")
     return str(found)
 
 

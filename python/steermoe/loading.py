@@ -93,6 +93,9 @@ def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = Non
         tokenizer = AutoTokenizer.from_pretrained(_text_place(name), revision=revision)
     except Exception as error:  # each tokenizer fails in its own way
         raise BackboneError(f"text_model {name!r} has no tokenizer that can be loaded: {_first_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # Without files, the library makes some kinds of tokenizer up, with nothing in them.
+        raise BackboneError(f"text_model {name!r} has no tokenizer that can be loaded: its vocabulary is empty")
     return with_audio_token(tokenizer, audio_token)
 
 

@@ -169,6 +169,9 @@ def _weight_checks(what: str, module: nn.Module, recorded: Fingerprint, untouche
     cast(untouched.module, _dtype(ours))
     untouched.module.to(first.device)
     theirs = dict(_tensors(untouched.module))
+    stored = dict(backbone_weights(untouched.module))
+    # Some encoders compute a table of positions when they run, in the dtype they run in.
+    theirs = {name: tensor if name in stored or name not in ours else tensor.to(ours[name].dtype) for name, tensor in theirs.items()}
     faults = [f"{name} is only in the files" for name in theirs.keys() - ours.keys()]
     faults += [f"{name} is only in the model" for name in ours.keys() - theirs.keys()]
     faults += [fault for name in ours if name in theirs and (fault := _difference(name, ours[name], theirs[name]))]

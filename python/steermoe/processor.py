@@ -204,9 +204,7 @@ class SteerMoEProcessor(ProcessorMixin):
             return [self._prefixed(chat, self.audio_token * share) for chat in chats]
         if sum(counts) != clips:
             shown = f"{sum(counts)} ({', '.join(map(str, counts))} in the chats)" if len(chats) > 1 else str(sum(counts))
-            raise ValueError(
-                f"audio must hold one clip for each {self.audio_token}: there are {shown} placeholders, and {clips} clips came"
-            )
+            raise ValueError(f"audio must hold one clip for each {self.audio_token} placeholder, {shown}, got {clips}")
         return chats
 
     def _prefixed(self, chat: list[dict[str, str]], placeholders: str) -> list[dict[str, str]]:

@@ -1,0 +1,97 @@
+"""Generation: every way of transformers' ``generate``, in batches and alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import ALL_CLIPS, ANSWERS, CLIPS, GREEDY, MIXED, build
+from transformers import GenerationConfig, TextStreamer
+
+Model = tuple[Any, Any]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_encoder: Path, tiny_language_model: Path) -> Model:
+    return build(tiny_encoder, tiny_language_model)
+
+
+def test_greedy_is_the_argmax_step_by_step(made: Model) -> None:
+    """Against the model's own forward over the growing text, without any cache."""
+    model, processor = made
+    batch = dict(processor(MIXED, ALL_CLIPS))
+    tokens = model.generate(**batch, **GREEDY)
+    ended = torch.zeros(4, dtype=torch.bool)
+    for step in range(tokens.shape[1]):
+        wanted = model(**batch).logits[:, -1].argmax(-1).masked_fill(ended, 0)
+        assert torch.equal(tokens[:, step], wanted)
+        ended |= wanted == 2
+        batch["input_ids"] = torch.cat([batch["input_ids"], wanted[:, None]], 1)
+        batch["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones(4, 1, dtype=torch.long)], 1)
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 2, "length_penalty": 0.0, "num_return_sequences": 2}], ids=str)
+def test_beams_in_a_batch_and_alone(how: dict[str, Any], made: Model) -> None:
+    model, processor = made
+    tokens = model.generate(**processor(MIXED, ALL_CLIPS), **GREEDY, **how)
+    each = how.get("num_return_sequences", 1)
+    assert len(tokens) == 4 * each
+    for index, (chat, clips) in enumerate(zip(MIXED, CLIPS, strict=True)):
+        alone = model.generate(**processor(chat, clips), **GREEDY, **how)
+        assert torch.equal(tokens[index * each : (index + 1) * each, : alone.shape[1]], alone)
+
+
+def test_sampling(made: Model) -> None:
+    model, processor = made
+    batch = processor(MIXED, ALL_CLIPS)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(model.generate(**batch, max_new_tokens=6, do_sample=True, temperature=1.5, top_k=50))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_streamer(made: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    model, processor = made
+    batch = processor(MIXED[0], CLIPS[0])
+    tokens = model.generate(**batch, **GREEDY, streamer=TextStreamer(processor.tokenizer, skip_prompt=False))
+    assert capsys.readouterr().out.strip("\n") == processor.decode(tokens[0]).strip("\n")
+
+
+def test_outputs_and_configuration(made: Model) -> None:
+    model, processor = made
+    batch = processor(MIXED, ALL_CLIPS)
+    output = model.generate(**batch, generation_config=GenerationConfig(max_new_tokens=3), return_dict_in_generate=True, output_scores=True)
+    assert output.sequences.shape[1] <= 3 and len(output.scores) == output.sequences.shape[1]
+    assert torch.equal(output.sequences, model.generate(**batch, max_new_tokens=3, do_sample=False))
+    assert model.generation_config is model.language_model.generation_config and model.can_generate()
+
+
+def test_the_answer_ends_where_its_turn_does(made: Model) -> None:
+    model, processor = made
+    batch = processor(MIXED, ALL_CLIPS)
+    free = model.generate(**batch, max_new_tokens=4, do_sample=False)
+    end = int(free[0, 1])
+    ended = model.generate(**batch, max_new_tokens=4, do_sample=False, eos_token_id=end)
+    first = int((free[0] == end).nonzero()[0, 0])
+    assert torch.equal(ended[0, : first + 1], free[0, : first + 1]) and (ended[0, first + 1 :] == processor.tokenizer.pad_token_id).all()
+
+
+def test_training_is_left_as_it_was_and_nothing_has_a_graph(made: Model) -> None:
+    model, processor = made
+    model.train()
+    tokens = model.generate(**processor(MIXED, ALL_CLIPS), **GREEDY)
+    model.eval()
+    assert torch.equal(tokens, model.generate(**processor(MIXED, ALL_CLIPS), **GREEDY))
+    with torch.inference_mode():
+        assert torch.equal(tokens, model.generate(**processor(MIXED, ALL_CLIPS), **GREEDY))
+
+
+def test_padding_on_the_right_is_refused(made: Model) -> None:
+    model, processor = made
+    batch = processor(MIXED, ALL_CLIPS, answers=ANSWERS)
+    batch.pop("labels")
+    with pytest.raises(ValueError, match="attention_mask ends in padding, and generation continues at the end: pad on the left"):
+        model.generate(**batch)
