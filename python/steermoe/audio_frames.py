@@ -101,4 +101,5 @@ class FrameCounts:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> FrameCounts:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+        return cls(**fields)
