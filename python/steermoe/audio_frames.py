@@ -101,5 +101,5 @@ class FrameCounts:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> FrameCounts:
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-        return cls(**values)
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+        return cls(**fields)

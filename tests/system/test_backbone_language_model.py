@@ -250,6 +250,24 @@ def test_three_steps_of_training_write_a_loadable_model(tmp_path: Path, monkeypa
     )
 
 
+def test_an_interrupted_training_goes_on_from_what_it_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_language_model, "phrases", lambda seed, count, split="train": phrases(seed, min(count, 100), split))
+
+    def interrupt(self: train_language_model.Learners, kinds: list[str]) -> None:
+        steps.append(kinds)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    steps: list[list[str]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train_language_model.Learners, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_language_model.train(tmp_path, steps=4, tokens=512, compiled=False, save_every=2)
+    assert json.loads((tmp_path / "training.json").read_text())["saved_at_step"] == 2
+    report = train_language_model.train(tmp_path, steps=4, tokens=512, compiled=False, save_every=2, resume=True)
+    assert (report["resumed_at"], report["saved_at_step"], report["seed"]) == (2, 4, 0)
+
+
 def test_learners_are_replaced_after_their_lifetime() -> None:
     learners = train_language_model.Learners(192, 0)
     first = learners.of(CODED_LETTERS)

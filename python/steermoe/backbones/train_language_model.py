@@ -183,8 +183,8 @@ def train(
         model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
         saved = json.loads((folder / "training.json").read_text())
         losses_before, seconds_before = saved["losses"], saved["training_seconds"]
-        done = max(map(int, losses_before))
-        seed += done
+        done = saved["saved_at_step"]
+        seed += done  # other draws than those already seen
     generator = torch.Generator().manual_seed(seed)
     rng, learners = random.Random(f"train-{seed}"), Learners(model.config.hidden_size, seed)
     lesson = Lesson(tokenizer, phrases(seed, 60_000), seed, dict(BEGINNING))
@@ -245,6 +245,7 @@ def train(
             print(f"step {step + 1}/{steps}  {time.perf_counter() - started:.0f} s  {means}", flush=True)
         if (step + 1) % save_every == 0 or step + 1 == steps:
             report["training_seconds"] = seconds_before + round(time.perf_counter() - started)
+            report["saved_at_step"] = step + 1
             report["simulated_encoders"] = learners.born
             save(model, tokenizer, folder, report)
     return report
