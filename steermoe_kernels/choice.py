@@ -14,7 +14,7 @@ __all__ = ["FASTEST", "Measured", "fastest"]
 
 @dataclass(frozen=True)
 class Measured:
-    """The backend that was the fastest for streams of ``dtypes`` on GPUs of compute ``capability``; ``results`` says where that is shown."""
+    """The backend that was the fastest for streams of ``dtypes`` on GPUs of compute ``capability``, and where that is shown."""
 
     capability: tuple[int, int]
     dtypes: tuple[torch.dtype, ...]
@@ -27,7 +27,10 @@ FASTEST: tuple[Measured, ...] = ()
 
 
 def fastest(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Name of the backend measured to be the fastest for a stream of this device and dtype, or None. Asks a driver only if a line might fit."""
+    """Name of the backend measured to be the fastest for a stream of this device and dtype, or None.
+
+    Asks a driver only where a line might fit.
+    """
     lines = [line for line in FASTEST if dtype in line.dtypes]
     if device.type != "cuda" or not lines:
         return None

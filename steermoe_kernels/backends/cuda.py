@@ -51,7 +51,9 @@ def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the stream must be on a CUDA device, got {device}"
     major, minor = torch.cuda.get_device_capability(device)
     built = _core().build_info()["architectures"]
-    return None if _runs_on(built, major, minor) else f"{device} has compute capability {major}.{minor}, and the module is built for {built}"
+    return (
+        None if _runs_on(built, major, minor) else f"{device} has compute capability {major}.{minor}, and the module is built for {built}"
+    )
 
 
 def _runs_on(architectures: str, major: int, minor: int) -> bool:
@@ -89,7 +91,9 @@ def _problem(
     norm_bias: Tensor | None,
 ) -> Any:
     if options.num_experts > _MAX_EXPERTS:
-        raise ValueError(f"backend 'cuda' takes up to {_MAX_EXPERTS} experts, got {options.num_experts}; backend 'reference' takes any number")
+        raise ValueError(
+            f"backend 'cuda' takes up to {_MAX_EXPERTS} experts, got {options.num_experts}; backend 'reference' takes any number"
+        )
     batch, time, width = y.shape
     return _core().Problem(
         sizes=(batch, time, pooled, width, options.num_experts, options.top_k, options.pool_size if options.pool else 1),

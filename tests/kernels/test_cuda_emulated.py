@@ -253,7 +253,10 @@ def test_an_address_that_is_not_aligned_takes_the_plain_kernels(emulated: Device
 def test_mixed_parameter_types(emulated: Device) -> None:
     """W in one type and V in another: the plain kernels read each as it is."""
     inputs, incoming = draw(P(frames=9, width=40, num_experts=8), torch.bfloat16)
-    mixed = inputs | {"weight": inputs["weight"].detach().float().requires_grad_(), "bias": inputs["bias"].detach().double().requires_grad_()}
+    mixed = inputs | {
+        "weight": inputs["weight"].detach().float().requires_grad_(),
+        "bias": inputs["bias"].detach().double().requires_grad_(),
+    }
     results = fused(P(frames=9, width=40, num_experts=8), mixed, incoming, "cuda")
     assert "steer_forward_plain_kernel" in emulated.take_launched()
     same = fused(P(frames=9, width=40, num_experts=8), inputs, incoming, "cuda")
