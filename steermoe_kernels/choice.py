@@ -27,7 +27,10 @@ FASTEST: tuple[Measured, ...] = ()
 
 
 def fastest(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The backend measured to be the fastest for a stream of this device and dtype, or None. Asks a driver only if a line might fit."""
+    """Name of the backend measured to be the fastest for a stream of this device and dtype, or None.
+
+    Asks a driver only where a line might fit.
+    """
     lines = [line for line in FASTEST if dtype in line.dtypes]
     if device.type != "cuda" or not lines:
         return None

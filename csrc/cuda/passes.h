@@ -42,8 +42,10 @@ BackwardPlan plan_backward_pass(const Backward& call, const Machine& machine, fl
     if (plan.again) {
       plan_parameters<S>(call, machine, plan.second);
       splits = plan.second.blocks;
+      plan.fast = plan.second.shared_bytes <= machine.shared_per_block;
     }
-  } else {
+  }
+  if (!plan.fast) {
     plan.first = plan.second = plan_plain(call.problem, machine);
     plan.again = wants_parameters(call);
     const std::int64_t windows = plan.first.clips * plan.first.clip_windows;

@@ -89,7 +89,7 @@ void run_block() {
   }
   std::vector<int> turns(state.threads);
   std::iota(turns.begin(), turns.end(), 0);
-  if (order == Order::kDescending) turns.assign(turns.rbegin(), turns.rend());
+  if (order == Order::kDescending) std::reverse(turns.begin(), turns.end());
   for (;;) {
     if (order == Order::kRandom) std::shuffle(turns.begin(), turns.end(), randomness);
     bool moved = false, all_done = true;
