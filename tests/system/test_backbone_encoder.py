@@ -56,12 +56,12 @@ def test_the_shipped_files_are_small_and_half_precision() -> None:
 
 
 def test_hidden_states_spell_what_voices_never_heard_say(shipped: WhisperModel, spelling: nn.Linear) -> None:
-    """The figures of training.json, on fewer sentences: each voice's rate within what so few words let it wander."""
+    """The figures of training.json again; a voice of an accent that was in training is spelt nearly without error."""
     told = json.loads((encoder_path() / "training.json").read_text())["greedy CTC on held-out voices and sentences"]
-    found = measure(shipped.encoder, spelling, HELD_OUT_VOICES[::3], per_voice=6)
-    expected = np.mean([told[str(voice)]["cer"] for voice in HELD_OUT_VOICES[::3]])
-    assert found["all"]["cer"] == pytest.approx(expected, abs=0.04)
-    assert found["all"]["cer"] < 0.1
+    found = measure(shipped.encoder, spelling)
+    assert found["all"]["cer"] == pytest.approx(told["all"]["cer"], abs=0.01)
+    known = {voice.accent for voice in TRAINING_VOICES}
+    assert all(found[str(voice)]["cer"] < 0.04 for voice in HELD_OUT_VOICES if voice.accent in known)
 
 
 def test_hidden_states_do_not_depend_on_what_else_is_in_the_batch(shipped: WhisperModel) -> None:
