@@ -199,7 +199,7 @@ def verify(
     from .preservation import verify as run
 
     result = run(checkpoint, audio_model=audio_model, text_model=text_model)
-    _show(result)
+    print(result.report())
     raise typer.Exit(0 if result.passed else 1)
 
 

@@ -83,11 +83,12 @@ def test_interrupted_and_resumed_is_uninterrupted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = configuration(backbones, clips, tmp_path, eval=clips, accumulation_steps=passes, **SETTINGS)
+    before = signal.getsignal(signal.SIGINT)  # ignored in a shell's background
     stopped = train(config, callbacks=[Signal(at)])
     assert stopped.interrupted and stopped.steps == at and stopped.checkpoint == tmp_path / f"checkpoint-{at}"
     said = capsys.readouterr().err
     assert f"stopped after step {at} of 12" in said and f"steermoe train {tmp_path / 'training_config.yaml'} --resume" in said
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     resumed = train(tmp_path / "training_config.yaml", resume=True)
     assert not resumed.interrupted
     _assert_same_run(resumed, whole[passes])
@@ -127,10 +128,11 @@ def test_a_second_ctrl_c_ends_at_once(backbones: tuple[Path, Path], clips: Path,
             super().on_step_begin(*arguments, **settings)
 
     config = configuration(backbones, clips, tmp_path, max_steps=4, save_steps=1)
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train(config, callbacks=[Twice(3)])
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def _checkpointed(backbones: tuple[Path, Path], clips: Path, run: Path) -> TrainingConfig:
