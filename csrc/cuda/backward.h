@@ -169,7 +169,7 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? 2 : 1)
       sync_block();
     }
     if (call.du != nullptr)
-      mix<kFine>(dz, shared.table, span.frames, W, experts, width, [&](int row, int column, const float(&dzW)[8]) {
+      mix<kFine>(dz, shared.table, span.frames, W, experts, width, [&](int row, int column, const float (&dzW)[8]) {
         float du[8];
         const Chunk<G> chunk = read_shared_chunk(d.at(row, column));
 #pragma unroll

@@ -1,5 +1,5 @@
-// steermoe_kernels._cuda: the CUDA kernels for Python. Tensors come as addresses (0: absent) with a type each; the caller, backends/cuda.py,
-// answers for shapes, layout, lifetime and the stream.
+// steermoe_kernels._cuda: the CUDA kernels for Python. Tensors come as addresses (0: absent) with a type each; the caller,
+// backends/cuda.py, answers for shapes, layout, lifetime and the stream.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -100,9 +100,7 @@ PYBIND11_MODULE(STEER_MODULE, module) {
 
   module.def(
       "forward_path",
-      [](const Problem& problem, Addresses addresses, int device) {
-        return steer::cuda::path_of(forward_of(problem, addresses), device);
-      },
+      [](const Problem& problem, Addresses addresses, int device) { return steer::cuda::path_of(forward_of(problem, addresses), device); },
       "'fast' or 'plain': the kernels that take the call.", py::arg("problem"), py::arg("addresses"), py::arg("device"));
 
   module.def(
@@ -110,7 +108,8 @@ PYBIND11_MODULE(STEER_MODULE, module) {
       [](const Problem& problem, Addresses addresses, Addresses results, int device) {
         return steer::cuda::path_of(backward_of(problem, addresses, results), device);
       },
-      "'fast' or 'plain': the kernels that take the call.", py::arg("problem"), py::arg("addresses"), py::arg("results"), py::arg("device"));
+      "'fast' or 'plain': the kernels that take the call.", py::arg("problem"), py::arg("addresses"), py::arg("results"),
+      py::arg("device"));
 
   module.def(
       "build_info",

@@ -19,7 +19,8 @@ namespace {
 // `work(type)` for the type of the stream, as a value of it.
 template <typename Work>
 auto with_stream_type(const Problem& problem, Work work) {
-  if (problem.experts > kMaxExperts) throw std::runtime_error("the CUDA kernels take up to 256 experts, got " + std::to_string(problem.experts));
+  if (problem.experts > kMaxExperts)
+    throw std::runtime_error("the CUDA kernels take up to 256 experts, got " + std::to_string(problem.experts));
   switch (problem.stream) {
     case DType::kFloat32:
       return work(float{});
@@ -60,14 +61,16 @@ void backward(const Backward& call, void* workspace, Stream stream) {
 std::string path_of(const Forward& call, int device) {
   const Machine machine = machine_of(device);
   Plan plan;
-  return with_stream_type(call.problem, [&](auto type) { return fast(call) && plan_forward<decltype(type)>(call, machine, plan); }) ? "fast"
-                                                                                                                                    : "plain";
+  return with_stream_type(call.problem, [&](auto type) { return fast(call) && plan_forward<decltype(type)>(call, machine, plan); })
+             ? "fast"
+             : "plain";
 }
 
 std::string path_of(const Backward& call, int device) {
   const Machine machine = machine_of(device);
-  return with_stream_type(call.problem, [&](auto type) { return plan_backward_pass<decltype(type)>(call, machine, nullptr).fast; }) ? "fast"
-                                                                                                                                    : "plain";
+  return with_stream_type(call.problem, [&](auto type) { return plan_backward_pass<decltype(type)>(call, machine, nullptr).fast; })
+             ? "fast"
+             : "plain";
 }
 
 #if defined(__CUDACC__)
@@ -83,7 +86,8 @@ void refuse_forked_process() {
   static_cast<void>(registered);
   if (forked)
     throw std::runtime_error(
-        "this process was forked after its parent had used the CUDA kernels, which CUDA does not survive: start it with the 'spawn' method");
+        "this process was forked after its parent had used the CUDA kernels, which CUDA does not survive: start it with the 'spawn' "
+        "method");
   started = true;
 }
 

@@ -123,7 +123,7 @@ STEER_KERNEL STEER_THREADS(kThreads, 2) steer_forward_kernel(const Forward call,
     sync_block();
 
     // y takes x's place in the tile, rounded: the norm reads it as it is stored, for the backward has nothing else.
-    mix<kFine>(g, shared.g_stride, span.frames, V, experts, width, [&](int row, int column, const float(&gV)[8]) {
+    mix<kFine>(g, shared.g_stride, span.frames, V, experts, width, [&](int row, int column, const float (&gV)[8]) {
       const Chunk<S> u = read_shared_chunk(x.at(row, column));
       float y[8];
 #pragma unroll

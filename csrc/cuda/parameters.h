@@ -1,9 +1,10 @@
-// The parameters' gradients where a block cannot hold their sums: many experts, or a wide stream. dz and the rows' numbers are known by now.
+// The parameters' gradients where a block cannot hold their sums: many experts, or a wide stream. dz and the rows' numbers are known by
+// now.
 //
 //   dW' = dz^T y     M = dz^T g     dV' = g^T d     db = sum dz     ds = sum g a     dgamma, dbeta
 //
-// A block takes 64 columns of the width and its share of the frames, and holds all experts' sums: warp w has experts 8 w .. 8 w + 7, and where
-// there are more than 64, the 64 from there, and so on. Behind the width's columns come those of M, whose "stream" is g.
+// A block takes 64 columns of the width and its share of the frames, and holds all experts' sums: warp w has experts 8 w .. 8 w + 7, and
+// where there are more than 64, the 64 from there, and so on. Behind the width's columns come those of M, whose "stream" is g.
 #pragma once
 
 #include "gradient.h"

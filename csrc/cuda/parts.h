@@ -13,7 +13,6 @@
 
 namespace steer::cuda {
 
-// A warp, block's shape and the width of a step of the products: see products.h.
 constexpr int kWarpSize = 32;
 
 template <typename T>
@@ -76,7 +75,10 @@ STEER_DEVICE void write_chunk(T* address, const Chunk<T>& chunk) {
 }
 
 template <typename T, bool fine>
-constexpr int kParts = std::is_same_v<T, BFloat16> ? 1 : std::is_same_v<T, Half> ? 2 : fine ? 3 : 2;
+constexpr int kParts = std::is_same_v<T, BFloat16> ? 1
+                       : std::is_same_v<T, Half>   ? 2
+                       : fine                      ? 3
+                                                   : 2;
 
 // Two numbers as `Count` words of two bfloat16 parts each, the largest first. All but the last are cut off, not rounded: cut numbers
 // never grow, so infinity cannot come of a finite one.

@@ -88,8 +88,8 @@ Workspace backward_pass(const Backward& call, const Machine& machine, float* bas
   return plan.workspace;
 }
 
-#define STEER_PASSES(prefix, S)                                                       \
-  prefix template void forward_pass<S>(const Forward&, const Machine&, Stream);       \
+#define STEER_PASSES(prefix, S)                                                                \
+  prefix template void forward_pass<S>(const Forward&, const Machine&, Stream);                \
   prefix template BackwardPlan plan_backward_pass<S>(const Backward&, const Machine&, float*); \
   prefix template Workspace backward_pass<S>(const Backward&, const Machine&, float*, Stream);
 

@@ -6,8 +6,8 @@
 
 namespace steer::cuda {
 
-constexpr int kPlainExperts = 8;   // experts whose sums a thread holds
-constexpr int kPlainChain = 32;    // frames added up before they join the sum of all
+constexpr int kPlainExperts = 8;  // experts whose sums a thread holds
+constexpr int kPlainChain = 32;   // frames added up before they join the sum of all
 
 // A sum over the block, the same in every thread. `scratch` (warps).
 STEER_DEVICE float sum_over_block(float value, float* scratch) {
@@ -198,8 +198,7 @@ STEER_KERNEL STEER_THREADS(kThreads, 2) steer_backward_plain_kernel(const Backwa
         float dzW = 0.0f;
         for (int e = 0; e < experts; ++e)
           dzW = multiply_add(dz[e], read_parameter(problem.weight, static_cast<std::int64_t>(e) * width + d), dzW);
-        static_cast<S*>(call.du)[frame * width + d] =
-            narrow<S>(plain_gradient<S>(call, window, numbers, f, d, nullptr, nullptr) + dzW);
+        static_cast<S*>(call.du)[frame * width + d] = narrow<S>(plain_gradient<S>(call, window, numbers, f, d, nullptr, nullptr) + dzW);
       }
     }
     sync_block();

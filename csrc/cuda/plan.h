@@ -1,5 +1,5 @@
-// How a pass is laid out on a machine: whether the fast kernels take it, how many frames a tile has, how many blocks there are, and where the
-// workspace's parts lie. Plain arithmetic, the same for every launch of a problem.
+// How a pass is laid out on a machine: whether the fast kernels take it, how many frames a tile has, how many blocks there are, and where
+// the workspace's parts lie. Plain arithmetic, the same for every launch of a problem.
 #pragma once
 
 #include <algorithm>
@@ -46,8 +46,8 @@ inline bool fast_parameters(const Problem& p) {
 inline bool fast(const Forward& call) { return fast_parameters(call.problem) && aligned({call.x, call.residual, call.y, call.normed}); }
 inline bool fast(const Backward& call) { return fast_parameters(call.problem) && aligned({call.dy, call.dnormed, call.y, call.du}); }
 
-// Tiles of as many frames as leave room for the next tile's copies, by other blocks of the multiprocessor or by this one; of fewer where there
-// would be less than one for each multiprocessor. `fixed` bytes besides the tiles; false where not even one window fits.
+// Tiles of as many frames as leave room for the next tile's copies, by other blocks of the multiprocessor or by this one; of fewer where
+// there would be less than one for each multiprocessor. `fixed` bytes besides the tiles; false where not even one window fits.
 inline bool plan_tiles(Plan& plan, const Machine& machine, std::int64_t row_bytes, std::int64_t fixed, int most_blocks, int least_frames) {
   const std::int64_t frames = plan.clips * plan.clip_frames;
   const auto bytes = [&](int count, int stages) { return fixed + count * stages * row_bytes; };
@@ -104,7 +104,8 @@ bool plan_backward(const Backward& call, const Machine& machine, Plan& plan) {
   const std::int64_t tiles = 1 + GradientTiles<S>(call).second + needs_y;
   const std::int64_t fixed = 4 * BackwardShared(static_cast<int>(p.experts), sums, static_cast<int>(p.width)).end();
   // With sums, a block's registers are all a multiprocessor has; and every block costs a partial, which is worth some frames.
-  if (!plan_tiles(plan, machine, static_cast<std::int64_t>(plan.stride) * sizeof(S) * tiles, fixed, sums ? 1 : 3, sums ? 4 : 1)) return false;
+  if (!plan_tiles(plan, machine, static_cast<std::int64_t>(plan.stride) * sizeof(S) * tiles, fixed, sums ? 1 : 3, sums ? 4 : 1))
+    return false;
   plan.blocks = static_cast<int>(std::min<std::int64_t>(plan.tiles(), machine.multiprocessors));
   return true;
 }

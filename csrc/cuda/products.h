@@ -118,8 +118,7 @@ STEER_DEVICE void block_dots(Tile<S> first_tile, Tile<S> second_tile, int rows, 
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
-      for (int c = 0; c < 4; ++c)
-        partials[(warp * kRows + i + 8 * (c / 2)) * kPartialStride + 8 * j + 2 * q + c % 2] = sums[j][c];
+      for (int c = 0; c < 4; ++c) partials[(warp * kRows + i + 8 * (c / 2)) * kPartialStride + 8 * j + 2 * q + c % 2] = sums[j][c];
     sync_block();
     const int group = experts - first < kExpertGroup ? experts - first : kExpertGroup;
     for (int k = thread_index(); k < kRows * kExpertGroup; k += kThreads) {

@@ -95,8 +95,9 @@ STEER_DEVICE void route(const Problem& problem, const float* z, float* g, float*
   }
 }
 
-// dz = g (dg - sum_e g dg) with dg = s a + dg_ext, for gates that are not renormalised with the full softmax in g's place and no gradient off
-// the selection. `a` and `g` lie in shared memory, `dgates` and `probs` (null: none) in global memory. `emit(e, dz, g a)` takes the results.
+// dz = g (dg - sum_e g dg) with dg = s a + dg_ext, for gates that are not renormalised with the full softmax in g's place and no gradient
+// off the selection. `a` and `g` lie in shared memory, `dgates` and `probs` (null: none) in global memory. `emit(e, dz, g a)` takes the
+// results.
 template <typename Emit>
 STEER_DEVICE void route_backward(int experts, float s, const float* a, const float* g, const float* dgates, const float* probs, Emit emit) {
   const int lane = thread_index() % kWarpSize;

@@ -7,12 +7,12 @@ namespace steer::cuda {
 
 // How a pass is laid out on the machine; made by plan.h.
 struct Plan {
-  int frames = 0;              // of a tile: whole windows
-  int stages = 1;              // tiles in shared memory at a time
-  int stride = 0;              // elements between a tile's rows
-  std::int64_t clips = 0;      // that are tiled one by one
+  int frames = 0;          // of a tile: whole windows
+  int stages = 1;          // tiles in shared memory at a time
+  int stride = 0;          // elements between a tile's rows
+  std::int64_t clips = 0;  // that are tiled one by one
   std::int64_t clip_frames = 0, clip_windows = 0, clip_tiles = 0;
-  int window = 1;              // frames of a whole window
+  int window = 1;  // frames of a whole window
   int blocks = 0;
   std::int64_t shared_bytes = 0;
 

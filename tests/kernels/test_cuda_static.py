@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from steermoe_kernels.backends.cuda import _runs_on
+
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 FAST = ("steer_forward_kernel", "steer_backward_kernel", "steer_parameters_kernel", "steer_reduction_kernel")
 PRODUCTS = FAST[:3]
@@ -132,6 +134,24 @@ def test_the_instructions_that_were_meant(module: Path, kernels: list[Kernel]) -
         if "parameters" not in key[1]:
             assert total(found, r"STG\.E\.128.*") >= 4, f"{key}: {found}"
         assert total(found, r"(LDL|STL|ATOM|ATOMG|RED)\b.*") == 0, f"{key}: local memory, or atomics: {found}"
+
+
+@pytest.mark.parametrize(
+    "architectures, capability, runs",
+    [
+        ("80-real, 90a-real", (8, 0), True),
+        ("80-real, 90a-real", (8, 9), True),
+        ("80-real, 90a-real", (9, 0), True),
+        ("80-real, 90a-real", (7, 5), False),
+        ("80-real, 90a-real", (10, 0), False),
+        ("86-real", (8, 0), False),
+        ("90a", (12, 0), False),
+        ("80", (12, 0), True),
+        ("80-virtual", (9, 0), True),
+    ],
+)
+def test_which_gpus_a_build_is_for(architectures: str, capability: tuple[int, int], runs: bool) -> None:
+    assert _runs_on(architectures, *capability) is runs
 
 
 @pytest.mark.slow

@@ -1,5 +1,3 @@
-#include "device.h"
-
 #include <ucontext.h>
 
 #include <algorithm>
@@ -9,6 +7,7 @@
 #include <random>
 #include <utility>
 
+#include "device.h"
 #include "launch.h"
 
 namespace steer::cuda::emulator {

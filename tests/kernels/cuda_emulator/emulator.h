@@ -6,8 +6,8 @@
 // asynchronous copies land as late as they may, and the tensor cores round as real ones do: products exact, sums cut off.
 #pragma once
 
-#include <csetjmp>
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -134,7 +134,8 @@ inline std::uint32_t narrow_pair(float low, float high) {
 }
 
 inline void check_alignment(const void* address) {
-  if (reinterpret_cast<std::uintptr_t>(address) % 16 != 0) throw std::runtime_error("an access of 16 bytes to an address that is not aligned");
+  if (reinterpret_cast<std::uintptr_t>(address) % 16 != 0)
+    throw std::runtime_error("an access of 16 bytes to an address that is not aligned");
 }
 inline Words read_only(const Words* address) {
   check_alignment(address);
