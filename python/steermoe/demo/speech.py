@@ -99,7 +99,7 @@ def utter(text: str, voice: Voice) -> Utterance:
 def augment(audio: np.ndarray, rng: random.Random) -> np.ndarray:
     """The clip as it might have been recorded: another level, a room's echo, a narrow band, noise. Same length, float32."""
     noise = np.random.default_rng(rng.getrandbits(63))
-    out = audio.astype(np.float32)
+    out: np.ndarray = audio.astype(np.float32)
     if rng.random() < 0.3:  # a room: reflections that die away
         length = int(SAMPLING_RATE * rng.uniform(0.05, 0.3))
         echo = noise.standard_normal(length) * np.exp(-5.0 * np.arange(length) / length) * rng.uniform(0.02, 0.12)
