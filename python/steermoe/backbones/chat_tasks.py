@@ -83,13 +83,13 @@ def ask(phrase: Phrase, rng: random.Random) -> Turn:
 
 
 TASKS: dict[Callable[[Phrase, random.Random], Turn], float] = {
-    transcribe: 0.36,
-    ask: 0.12,
-    spell: 0.06,
-    count_words: 0.16,
+    transcribe: 0.46,
+    ask: 0.15,
+    spell: 0.08,
+    count_words: 0.11,
     first_word: 0.04,
     last_word: 0.04,
-    occurs: 0.22,
+    occurs: 0.12,
 }
 """Every task with its share of training. `repeat` is for written content only, where it means letter by letter, lexicon or not."""
 
