@@ -198,7 +198,7 @@ def verify(
     """Prove that neither backbone changed: weights, text-only logits and the unsteered encoder's outputs, bit for bit."""
     from .preservation import verify as run
 
-    result = run(checkpoint, audio_model=audio_model, text_model=text_model)
+    result = run(_folder(checkpoint), audio_model=audio_model, text_model=text_model)
     print(result.report())
     raise typer.Exit(0 if result.passed else 1)
 
@@ -244,13 +244,20 @@ def _load(checkpoint: Path, audio_model: str | None, text_model: str | None, dev
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"must be float32, bfloat16 or float16, got {dtype!r}", param_hint="--dtype")
     model = SteerMoEForConditionalGeneration.from_pretrained(
-        checkpoint,
+        _folder(checkpoint),
         audio_model=audio_model,
         text_model=text_model,
         dtype=None if dtype is None else getattr(torch, dtype),
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     return model.eval(), SteerMoEProcessor.from_pretrained(checkpoint)
+
+
+def _folder(checkpoint: Path) -> Path:
+    """FileNotFoundError if it is none: a name that is not there would be looked for on a hub, for half a minute where there is none."""
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"{checkpoint} is no checkpoint: there is no such folder")
+    return checkpoint
 
 
 def _show(result: Any) -> None:
