@@ -111,10 +111,14 @@ def _run(
     elif scale.numel() == 1:
         scale = scale.reshape(())
     lead, (num_experts, width) = x.shape[:-1], (weight.shape[0], x.shape[-1])
-    frames = x.shape if pool else (1, lead.numel(), width)
+    if x.dim() == 3:
+        frames, residual_frames = x, residual
+    else:
+        frames = x.reshape(1, lead.numel(), width)
+        residual_frames = None if residual is None else residual.reshape(frames.shape)
     y, normed, gates, _, _ = ops.steer(
-        x.reshape(frames),
-        None if residual is None else residual.reshape(frames),
+        frames,
+        residual_frames,
         weight,
         bias,
         vectors,
@@ -129,6 +133,6 @@ def _run(
         renormalize,
         backend,
     )
-    if norm and not pool:
-        normed = normed.view(x.shape)
-    return y.view(x.shape), normed, gates.view(*lead, num_experts)
+    if x.dim() == 3:
+        return y, normed, gates
+    return y.view(x.shape), normed.view(x.shape) if norm else normed, gates.view(*lead, num_experts)

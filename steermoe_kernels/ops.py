@@ -38,7 +38,6 @@ _lib.define(
 _lib.define("project(Tensor h, Tensor weight, Tensor? bias) -> Tensor", tags=_tags)
 _lib.define("project_backward(Tensor dq, Tensor h, Tensor weight, bool[] needs) -> (Tensor, Tensor, Tensor)", tags=_tags)
 
-steer = torch.ops.steermoe.steer.default
 project = torch.ops.steermoe.project.default
 
 
@@ -123,14 +122,52 @@ def _differentiate(ctx: Any, dy: Tensor | None, dnormed: Tensor | None, dgates: 
     nothing = (None,) * (8 + len(ctx.settings))
     if dy is None and dnormed is None and dgates is None:
         return nothing
-    grads = torch.ops.steermoe.steer_backward(
-        dy, dnormed, dgates, y, gates, probs, stats, weight, vectors, scale, norm_weight, *ctx.settings, needs
-    )
+    arguments = (dy, dnormed, dgates, y, gates, probs, stats, weight, vectors, scale, norm_weight, *ctx.settings, needs)
+    by_dispatcher = torch.is_grad_enabled() or _is_observed(arguments)  # with gradients of gradients, to refuse them
+    grads = torch.ops.steermoe.steer_backward(*arguments) if by_dispatcher else _steer_backward(*arguments)
     du, *dparameters = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return (du if need_x else None, du if need_residual else None, *dparameters, *nothing[8:])
 
 
 torch.library.register_autograd("steermoe::steer", _differentiate, setup_context=_keep_for_backward, lib=_lib)
+
+
+class _Steer(torch.autograd.Function):
+    """The operator's kernel and formulas, without its way through the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _steer(*inputs)
+        _keep_for_backward(ctx, inputs, output)  # not as `setup_context`, for which torch inspects the signature at every call
+        return output
+
+    backward = staticmethod(_differentiate)
+
+
+def steer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``steermoe::steer``; in plain eager mode by the short way.
+
+    A Python operator's way through the dispatcher and back costs about 0.2 ms a forward and backward, more than a short clip's frames
+    take. It is gone only where somebody looks: tracers, compilers, dispatch modes, functorch's transforms, subclasses, meta tensors, the
+    profiler.
+    """
+    if _is_observed(arguments):
+        return torch.ops.steermoe.steer.default(*arguments)
+    return _Steer.apply(*arguments) if torch.is_grad_enabled() else _steer(*arguments)
+
+
+def _is_observed(arguments: tuple[Any, ...]) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or any(isinstance(argument, Tensor) and (type(argument) not in _PLAIN or argument.is_meta) for argument in arguments)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _gradients_like(y: Tensor, weight: Tensor, vectors: Tensor, norm_weight: Tensor | None, needs: list[bool], dtype: torch.dtype) -> list:

@@ -6,7 +6,7 @@
 //   dz = g (dg - sum_e g dg)          du = d + dz W
 //   dW = dz^T u     db = sum dz       dV = s g^T d
 //
-// u = y - s (g V) never leaves the registers: it is made where dW reads it. (dW = dz^T y - s (dz^T g) V would be cheaper, and wrong: where
+// u = y - s (g V) never leaves the first cache level: it is made where dW reads it. (dW = dz^T y - s (dz^T g) V would be cheaper, and wrong: where
 // the steering is large, the difference of two long sums has few digits left.)
 //
 // Each shard sums its own dW, dV, ...; a second pass adds the shards up in order. How the frames are cut into shards depends on the problem
@@ -83,7 +83,7 @@ class BackwardPass {
   static constexpr int kLanes = V::kLanes;
 
  public:
-  static constexpr int kBlock = 4 * V::kRows;  // rows whose outer products are added up before they touch dW and dV
+  static constexpr int kBlock = 12;            // rows whose outer products are added up before they touch dW and dV
   static constexpr int kChain = 192 / kBlock;  // blocks that are summed in C
 
   BackwardPass(const Backward& call, const Operands<C>& operands, Partial<C>& partial)
@@ -92,7 +92,7 @@ class BackwardPass {
     needs_dz_ = routed;
     needs_a_ = routed || call.dscale != nullptr;
     const std::int64_t E = p_.experts, rows = kBlock + 4;
-    scratch_.reserve(rows * stride_ + (2 * kBlock + V::kRows + 1) * E);
+    scratch_.reserve(rows * stride_ + kBlock * kColumns<C> + (2 * kBlock + V::kRows + 1) * E);
     C* next = scratch_.data();
     const auto take = [&next](std::int64_t count) { return std::exchange(next, next + count); };
     d_ = take(kBlock * stride_);
@@ -101,6 +101,7 @@ class BackwardPass {
     t_ = take(stride_);
     zero_ = take(stride_);
     std::fill(d_, zero_ + stride_, C(0));
+    u_ = take(kBlock * kColumns<C>);
     dz_ = take(kBlock * E);
     sg_ = take(kBlock * E);
     a_ = take(V::kRows * E);
@@ -120,63 +121,81 @@ class BackwardPass {
   }
 
  private:
+  // First, a few rows at a time, what needs whole rows: d, dz, du. Then, a block of columns at a time, u and the outer products, whose sums
+  // stay in registers over all the block's rows.
   void block(std::int64_t first, std::int64_t count) {
     std::int64_t r = 0;
     for (; r + V::kRows <= count; r += V::kRows) differentiate_rows<V::kRows>(first + r, r);
     for (; r < count; ++r) differentiate_rows<1>(first + r, r);
-    for (; r < kBlock; ++r) {  // absent rows of a short block: zeros times zero
-      y_rows_[r] = reinterpret_cast<const S*>(zero_);
-      d_rows_[r] = zero_;
-      std::fill_n(dz_ + r * p_.experts, p_.experts, C(0));
-      std::fill_n(sg_ + r * p_.experts, p_.experts, C(0));
-    }
-    if (call_.dweight != nullptr)
-      outer<C, kBlock>([&](auto whole, std::int64_t c, V* u) { undo(whole, c, u); }, dz_, p_.experts, p_.width, partial_.dW.recent());
-    if (call_.dvectors != nullptr) {
-      const auto load_d = [&](auto, std::int64_t c, V* d) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kBlock; ++i) d[i] = V::load(d_rows_[i] + c).kept();
-      };
-      outer<C, kBlock>(load_d, sg_, p_.experts, p_.width, partial_.dV.recent());
+    for (std::int64_t c = 0; c < p_.width; c += kColumns<C>) {
+      if (call_.dweight != nullptr) add_to_dW(first, count, c);
+      if (call_.dvectors != nullptr) add_to_dV(first, count, c);
     }
   }
 
-  // u = y - (s g) V of a block's rows, one register of each from column c on.
-  template <bool whole>
-  void undo(std::bool_constant<whole> is_whole, std::int64_t c, V* u) const {
-    const std::int64_t E = p_.experts;
-    const C* vectors = operands_.V + blocked<C>(0, c, E);
-    V steering[kBlock];
-#pragma GCC unroll 16
-    for (int r = 0; r < kBlock; ++r) steering[r] = V::zero();
-    for (std::int64_t e = 0; e < E; ++e) {
-      const V v = V::load(vectors + e * kColumns<C>).kept();
-#pragma GCC unroll 16
-      for (int r = 0; r < kBlock; ++r) steering[r] = fma(V::set(sg_[r * E + e]), v, steering[r]);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kBlock; ++r) u[r] = load_up_to<C>(y_rows_[r] + c, p_.width - c, is_whole) - steering[r];
+  // dW += dz^T u. These loops read little from far away, so the next block's rows are fetched meanwhile; in a burst elsewhere, or once for
+  // all experts, that costs more than it brings.
+  void add_to_dW(std::int64_t first, std::int64_t count, std::int64_t c) {
+    std::int64_t r = 0;
+    for (; r + V::kRows <= count; r += V::kRows) undo<V::kRows>(first + r, r, c);
+    for (; r < count; ++r) undo<1>(first + r, r, c);
+    const S* next = static_cast<const S*>(call_.y) + (first + kBlock) * p_.width + c;
+    const auto u = [&](std::int64_t row) {
+      prefetch_block<C>(next + row * p_.width);
+      return u_ + row * kColumns<C>;
+    };
+    outer_block(u, count, dz_, p_.experts, partial_.dW.recent() + blocked<C>(0, c, p_.experts));
   }
 
-  // Rows first .. first + R, the rows `at` .. of this block.
+  // dV += (s g)^T d
+  void add_to_dV(std::int64_t first, std::int64_t count, std::int64_t c) {
+    const S* next = static_cast<const S*>(call_.dy != nullptr ? call_.dy : call_.y) + (first + kBlock) * p_.width + c;
+    const auto d = [&](std::int64_t row) {
+      prefetch_block<C>(next + row * p_.width);
+      return d_rows_[row] + c;
+    };
+    outer_block(d, count, sg_, p_.experts, partial_.dV.recent() + blocked<C>(0, c, p_.experts));
+  }
+
+  // u = y - (s g) V, a block of columns.
+  template <int R>
+  void undo(std::int64_t first, std::int64_t at, std::int64_t c) {
+    const std::int64_t D = p_.width, E = p_.experts;
+    const S* y = static_cast<const S*>(call_.y) + first * D;
+    C* u = u_ + at * kColumns<C>;
+    const auto store = [&](auto whole, int r, std::int64_t c, const V* steering) {
+      const S* from = y + r * D + c;
+      C* to = u + r * kColumns<C>;
+#pragma GCC unroll 8
+      for (int k = 0; k < kRegisters; ++k)
+        (load_up_to<C>(from + k * kLanes, D - c - k * kLanes, whole) - steering[k]).store(to + k * kLanes);
+    };
+    const C *sg = sg_ + at * E, *vectors = operands_.V + blocked<C>(0, c, E);
+    if (c + kColumns<C> <= D)
+      mix_block<C, R, true>(sg, vectors, E, c, store);
+    else
+      mix_block<C, R, false>(sg, vectors, E, c, store);
+  }
+
+  // Rows first .. first + R, the rows `at` .. of this block: d, s g, dz, du.
   template <int R>
   void differentiate_rows(std::int64_t first, std::int64_t at) {
-    const std::int64_t D = p_.width, E = p_.experts;
+    const std::int64_t E = p_.experts;
     const C s = operands_.s;
     const C* g = static_cast<const C*>(call_.gates) + first * E;
     const C** d = d_rows_ + at;
     for (int r = 0; r < R; ++r) d[r] = gradient_at_y(first + r, d_ + (at + r) * stride_);
-
-    for (int r = 0; r < R; ++r) y_rows_[at + r] = static_cast<const S*>(call_.y) + (first + r) * D;
     for (std::int64_t i = 0; i < R * E; ++i) sg_[at * E + i] = s * g[i];
-
     if (!needs_a_) return;
     dots<C, R>(d, operands_.V, E, stride_, a_);
     C* dz = dz_ + at * E;
     for (int r = 0; r < R; ++r) {
       const std::int64_t row = (first + r) * E;
       const C *a = a_ + r * E, *gates = g + r * E;
-      for (std::int64_t e = 0; e < E; ++e) partial_.ds += static_cast<double>(gates[e]) * a[e];
+      double ds = 0;
+#pragma omp simd reduction(+ : ds)
+      for (std::int64_t e = 0; e < E; ++e) ds += static_cast<double>(gates[e]) * a[e];
+      partial_.ds += ds;
       if (!needs_dz_) continue;
       const C* external = call_.dgates == nullptr ? nullptr : static_cast<const C*>(call_.dgates) + row;
       const C* probs = call_.probs == nullptr ? nullptr : static_cast<const C*>(call_.probs) + row;
@@ -184,18 +203,20 @@ class BackwardPass {
       route_backward(gates, probs, dg_, E, dz + r * E);
       for (std::int64_t e = 0; e < E; ++e) partial_.db[e] += dz[r * E + e];
     }
-    if (call_.du == nullptr) return;
-    // While this loop computes, the next rows are fetched.
+    if (call_.du != nullptr) gradient_at_u<R>(first, at);
+  }
+
+  // du = d + dz W
+  template <int R>
+  void gradient_at_u(std::int64_t first, std::int64_t at) {
+    const std::int64_t D = p_.width;
     S* du = static_cast<S*>(call_.du) + first * D;
-    const std::int64_t next = (first + R) * D;
-    const S* next_y = static_cast<const S*>(call_.y) + next;
-    const S* next_dy = call_.dy == nullptr ? next_y : static_cast<const S*>(call_.dy) + next;
-    const S* next_dn = call_.dnormed == nullptr || p_.pool != Pool::kNone ? next_dy : static_cast<const S*>(call_.dnormed) + next;
-    mix<C, R>(dz, operands_.W, E, D, [&](auto whole, int r, std::int64_t c, V dzW) {
-      prefetch(next_y + r * D + c);
-      prefetch(next_dy + r * D + c);
-      prefetch(next_dn + r * D + c);
-      store_up_to(V::load(d[r] + c) + dzW, du + r * D + c, D - c, whole);
+    mix<C, R>(dz_ + at * p_.experts, operands_.W, p_.experts, D, [&](auto whole, int r, std::int64_t c, const V* dzW) {
+      const C* d = d_rows_[at + r] + c;
+      S* out = du + r * D + c;
+#pragma GCC unroll 8
+      for (int k = 0; k < kRegisters; ++k)
+        store_up_to(V::load(d + k * kLanes) + dzW[k], out + k * kLanes, D - c - k * kLanes, whole);
     });
   }
 
@@ -280,8 +301,7 @@ class BackwardPass {
   std::int64_t stride_;
   bool needs_a_, needs_dz_;
   Buffer<C> scratch_;
-  C *d_, *pooled_, *dp_, *t_, *zero_, *dz_, *sg_, *a_, *dg_;
-  const S* y_rows_[kBlock];
+  C *d_, *pooled_, *dp_, *t_, *zero_, *u_, *dz_, *sg_, *a_, *dg_;
   const C* d_rows_[kBlock];
   std::vector<std::int32_t> argmax_;
 };
@@ -319,12 +339,13 @@ void backward(const Backward& call, int threads) {
   });
 
   const std::int64_t D = p.width, E = p.experts;
-  for (std::int64_t block = 0; block < operands.stride / kColumns<C>; ++block) {
+  const int blocks = static_cast<int>(operands.stride / kColumns<C>);
+  parallel(blocks, shards == 1 ? 1 : threads, [&](int block) {
     add_up(partials, &Partial<C>::dW, block, E, D, call.dweight);
     add_up(partials, &Partial<C>::dV, block, E, D, call.dvectors);
     add_up(partials, &Partial<C>::dgamma, block, 1, D, call.dnorm_weight);
     add_up(partials, &Partial<C>::dbeta, block, 1, D, call.dnorm_bias);
-  }
+  });
   double ds = 0;
   std::vector<double> db(E, 0.0);
   for (const auto& part : partials) {

@@ -55,22 +55,24 @@ class ForwardPass {
 
     router_logits<R>(u, x);
     C* g = static_cast<C*>(call_.gates) + first * E;
-    for (int r = 0; r < R; ++r) {
-      C* z = z_ + r * E;
-      if (const C* b = operands_.b)
-        for (std::int64_t e = 0; e < E; ++e) z[e] += b[e];
-      C* probs = call_.probs == nullptr ? nullptr : static_cast<C*>(call_.probs) + (first + r) * E;
-      route(z, p_, g + r * E, probs, order_.data(), selected_);
-    }
+    if (const C* b = operands_.b)
+      for (int r = 0; r < R; ++r)
+        for (std::int64_t e = 0; e < E; ++e) z_[r * E + e] += b[e];
+    if (p_.dense())
+      softmax(z_, R, E, g);
+    else
+      for (int r = 0; r < R; ++r) {
+        C* probs = call_.probs == nullptr ? nullptr : static_cast<C*>(call_.probs) + (first + r) * E;
+        route_selected(z_ + r * E, p_, g + r * E, probs, order_.data(), selected_);
+      }
 
-    // While this loop computes, the next rows are fetched: the dot products would have to wait for them.
     const V s = V::set(operands_.s);
-    const S* next = x + R * D;
-    const S* next_residual = call_.residual == nullptr ? nullptr : static_cast<const S*>(call_.residual) + (first + R) * D;
-    mix<C, R>(g, operands_.V, E, D, [&](auto whole, int r, std::int64_t d, V gv) {
-      prefetch(next + r * D + d);
-      if (next_residual != nullptr) prefetch(next_residual + r * D + d);
-      store_up_to(fma(s, gv, V::load(u[r] + d)), y + r * D + d, D - d, whole);
+    mix<C, R>(g, operands_.V, E, D, [&](auto whole, int r, std::int64_t d, const V* gV) {
+      const C* from = u[r] + d;
+      S* out = y + r * D + d;
+#pragma GCC unroll 8
+      for (int k = 0; k < kRegisters; ++k)
+        store_up_to(fma(s, gV[k], V::load(from + k * kLanes)), out + k * kLanes, D - d - k * kLanes, whole);
     });
     if (p_.norm == Norm::kNone) return;
     // The norm reads y as it was stored, rounded: the backward has nothing else, and must find the same xhat and maxima.

@@ -2,11 +2,11 @@
 //
 //   dots    z[r][e]   = sum_d rows[r][d] M[e][d]        logits u W^T, and a = d V^T
 //   mix     out[r][d] = sum_e c[r][e] M[e][d]           g V, and dz W
-//   outer   acc[e][d] += sum_r c[r][e] rows[r][d]       dW = dz^T u, and dV = (s g)^T d
+//   outer   acc[e][d] += sum_r c[r][e] rows[r][d]       dW = dz^T u, and dV = (s g)^T d, a block of columns at a time
 //
 // M and acc (E, D) lie in blocks of kColumns columns, all experts of a block together (`Blocked`), so that every loop walks through
 // memory in order: with whole rows, widths like 1024 put all experts into the same few cache sets. The tiles are shaped to be bound by
-// multiply-adds, not by loads: a register of M serves R rows.
+// multiply-adds, not by loads: a register of M serves R rows. `mix_block` and `outer_block` do one block of columns.
 #pragma once
 
 #include <type_traits>
@@ -24,6 +24,21 @@ constexpr int kColumns = kRegisters * Vector<C>::kLanes;
 template <typename C>
 inline std::int64_t blocked(std::int64_t e, std::int64_t d, std::int64_t experts) {
   return (d / kColumns<C> * experts + e) * kColumns<C> + d % kColumns<C>;
+}
+
+// Asks for a block of a row.
+template <typename C, typename S>
+[[gnu::always_inline]] inline void prefetch_block(const S* row) {
+#pragma GCC unroll 8
+  for (int k = 0; k < kRegisters; ++k) prefetch(row + k * Vector<C>::kLanes);
+}
+
+template <typename C, int X>
+inline void sum_experts(const Vector<C>* sums, C* z) {
+  if constexpr (X == 4)
+    sum_four(sums, z);
+  else
+    for (int e = 0; e < X; ++e) z[e] = sums[e].sum();
 }
 
 // A register tile of R rows and X experts: R * X accumulators.
@@ -47,8 +62,7 @@ inline void dots_tile(const C* const* rows, const C* M, std::int64_t experts, st
         for (int r = 0; r < R; ++r) sums[r][e] = fma(u[r], m, sums[r][e]);
       }
     }
-  for (int r = 0; r < R; ++r)
-    for (int e = 0; e < X; ++e) z[r * experts + e] = sums[r][e].sum();
+  for (int r = 0; r < R; ++r) sum_experts<C, X>(sums[r], z + r * experts);
 }
 
 template <typename C, int R>
@@ -89,8 +103,12 @@ inline void dots_tile(const BFloat16* const* rows, const BFloat16* M, std::int64
         for (int r = 0; r < R; ++r) sums[r][e] = _mm512_dpbf16_ps(sums[r][e], u[r], m);
       }
     }
-  for (int r = 0; r < R; ++r)
-    for (int e = 0; e < X; ++e) z[r * experts + e] = _mm512_reduce_add_ps(sums[r][e]);
+  for (int r = 0; r < R; ++r) {
+    Vector<float> row[X];
+#pragma GCC unroll 8
+    for (int e = 0; e < X; ++e) row[e].v = sums[r][e];
+    sum_experts<float, X>(row, z + r * experts);
+  }
 }
 
 template <int R>
@@ -124,13 +142,12 @@ template <typename C, int R, bool whole, typename Emit>
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) emit(std::bool_constant<whole>(), r, d + k * V::kLanes, sums[r][k]);
+  for (int r = 0; r < R; ++r) emit(std::bool_constant<whole>(), r, d, sums[r]);
 }
 
-// `emit(whole, r, d, value)` takes one register of row r, from column d on. `whole` (a constant) tells that all of it lies within the
-// row's `width` columns; the block that does not is kept out of the loop, since the calls it makes would push the sums to the stack.
+// `emit(whole, r, d, values)` takes a block of row r, kRegisters of them, from column d on. `whole` (a constant) tells that all of it lies
+// within the row's `width` columns; the block that does not is kept out of the loop, since the calls it makes would push the sums to the
+// stack.
 template <typename C, int R, typename Emit>
 inline void mix(const C* c, const C* M, std::int64_t experts, std::int64_t width, Emit&& emit) {
   std::int64_t d = 0;
@@ -138,33 +155,44 @@ inline void mix(const C* c, const C* M, std::int64_t experts, std::int64_t width
   if (d < width) mix_block<C, R, false>(c, M, experts, d, emit);
 }
 
-// Adds R rows at once: R multiply-adds for one load and one store of the accumulator, and short chains of sums, which round less.
-// `load(whole, d, u)` puts one register of each row, from column d on, into u[R]; `whole` as in `mix`.
-template <typename C, int R, bool whole, typename Load>
-[[gnu::always_inline]] inline void outer_block(Load& load, const C* c, std::int64_t experts, std::int64_t d, C* acc) {
+// acc[e][d ..] += sum_r c[r][e] row(r)[..] over `rows` rows, in one block of columns; `row(r)` points at the block's part of row r. The
+// rows' sum is added up from zero, so that a chain of additions is no longer than that.
+template <typename C, int X, typename Row>
+[[gnu::always_inline]] inline void outer_tile(Row& row, std::int64_t rows, const C* c, std::int64_t experts, C* acc) {
   using V = Vector<C>;
-  static_assert(R % 2 == 0);
-  for (int k = 0; k < kColumns<C>; k += V::kLanes) {
-    V u[R];
-    load(std::bool_constant<whole>(), d + k, u);
-    for (std::int64_t e = 0; e < experts; ++e) {
-      V even = V::zero(), odd = V::zero();
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r += 2) {
-        even = fma(V::set(c[r * experts + e]), u[r], even);
-        odd = fma(V::set(c[(r + 1) * experts + e]), u[r + 1], odd);
-      }
-      C* out = acc + e * kColumns<C> + k;
-      (V::load(out) + (even + odd)).store(out);
+  constexpr int K = kRegisters;
+  V sums[X][K];
+#pragma GCC unroll 8
+  for (int e = 0; e < X; ++e)
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) sums[e][k] = V::zero();
+  for (std::int64_t r = 0; r < rows; ++r, c += experts) {
+    const C* const u = row(r);
+    V part[K];
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) part[k] = V::load(u + k * V::kLanes).kept();
+#pragma GCC unroll 8
+    for (int e = 0; e < X; ++e) {
+      const V weight = V::set(c[e]);
+#pragma GCC unroll 8
+      for (int k = 0; k < K; ++k) sums[e][k] = fma(weight, part[k], sums[e][k]);
     }
   }
+#pragma GCC unroll 8
+  for (int e = 0; e < X; ++e)
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) {
+      C* out = acc + e * kColumns<C> + k * V::kLanes;
+      (V::load(out) + sums[e][k]).store(out);
+    }
 }
 
-template <typename C, int R, typename Load>
-void outer(Load&& load, const C* c, std::int64_t experts, std::int64_t width, C* acc) {
-  std::int64_t d = 0;
-  for (; d + kColumns<C> <= width; d += kColumns<C>, acc += experts * kColumns<C>) outer_block<C, R, true>(load, c, experts, d, acc);
-  if (d < width) outer_block<C, R, false>(load, c, experts, d, acc);
+template <typename C, typename Row>
+inline void outer_block(Row&& row, std::int64_t rows, const C* c, std::int64_t experts, C* acc) {
+  constexpr int X = Vector<C>::kOuter;
+  std::int64_t e = 0;
+  for (; e + X <= experts; e += X) outer_tile<C, X>(row, rows, c + e, experts, acc + e * kColumns<C>);
+  for (; e < experts; ++e) outer_tile<C, 1>(row, rows, c + e, experts, acc + e * kColumns<C>);
 }
 
 }  // namespace steer::cpu::STEER_NAMESPACE

@@ -7,21 +7,55 @@
 #include <numeric>
 
 #include "../steer.h"
+#include "vector.h"
 
 namespace steer::cpu::STEER_NAMESPACE {
 
-// p = softmax(z)
-template <typename C>
-inline void softmax(const C* z, std::int64_t experts, C* p) {
-  C largest = z[0];
-  for (std::int64_t e = 1; e < experts; ++e) largest = std::max(largest, z[e]);
-  double sum = 0;  // long chains of additions are what the gates' accuracy hangs on
-  for (std::int64_t e = 0; e < experts; ++e) {
-    p[e] = std::exp(z[e] - largest);
-    sum += p[e];
+// x[i] = exp(x[i]) for x <= 0, without branches, so that the compiler makes whole registers of it. With x = n ln 2 + t, |t| <= ln 2 / 2:
+// exp(x) = 2^n exp(t), exp(t) by Taylor's polynomial of degree 7, whose remainder is below a tenth of a unit in the last place. What would
+// be subnormal is zero: multiplying by subnormal gates takes a hundred times as long.
+inline void exponentials(float* x, std::int64_t count) {
+  constexpr float kSmallest = -87.3f;         // 2^-126 = exp(-87.34)
+  constexpr float kRounder = 0x1.8p23f;       // adding it rounds to an integer, which then are the low bits
+  constexpr float kLn2 = 0x1.62ep-1f;         // its 12 bits times n are exact
+  constexpr float kLn2Rest = 0x1.0bfbe8p-15f;  // ln 2 - kLn2
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float v = x[i] < kSmallest ? kSmallest : x[i];  // NaN stays
+    const float shifted = v * 0x1.715476p0f + kRounder, n = shifted - kRounder;
+    const float t = (v - n * kLn2) - n * kLn2Rest;
+    float p = 1.0f / 5040;
+    p = p * t + 1.0f / 720;
+    p = p * t + 1.0f / 120;
+    p = p * t + 1.0f / 24;
+    p = p * t + 1.0f / 6;
+    p = p * t + 0.5f;
+    p = p * t * t + t;
+    const float power = bits_to_float((float_to_bits(shifted) + 127u) << 23);
+    x[i] = x[i] < kSmallest ? 0.0f : p * power + power;
   }
-  const C total = static_cast<C>(sum);
-  for (std::int64_t e = 0; e < experts; ++e) p[e] /= total;
+}
+inline void exponentials(double* x, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) x[i] = std::exp(x[i]);
+}
+
+// p = softmax(z), `rows` of them, one after another.
+template <typename C>
+inline void softmax(const C* z, std::int64_t rows, std::int64_t experts, C* p) {
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const C* logits = z + r * experts;
+    C largest = logits[0];
+#pragma omp simd reduction(max : largest)
+    for (std::int64_t e = 1; e < experts; ++e) largest = std::max(largest, logits[e]);
+    for (std::int64_t e = 0; e < experts; ++e) p[r * experts + e] = logits[e] - largest;
+  }
+  exponentials(p, rows * experts);
+  for (std::int64_t r = 0; r < rows; ++r, p += experts) {
+    double sum = 0;  // long chains of additions are what the gates' accuracy hangs on
+#pragma omp simd reduction(+ : sum)
+    for (std::int64_t e = 0; e < experts; ++e) sum += p[e];
+    const C total = static_cast<C>(sum);
+    for (std::int64_t e = 0; e < experts; ++e) p[e] /= total;
+  }
 }
 
 // Puts the indices of the top_k largest logits first in `order`. Of equal logits the lowest index wins; NaN counts as the largest.
@@ -36,23 +70,19 @@ inline void select_top_k(const C* z, std::int64_t experts, std::int64_t top_k, s
   });
 }
 
-// g = route(z); `probs`, where not null, receives the full softmax. `order` (E) and `selected` (E) are scratch.
+// g = route(z) where experts are selected; `probs`, where not null, receives the full softmax. `order` (E) and `selected` (E) are scratch.
 template <typename C>
-inline void route(const C* z, const Problem& problem, C* g, C* probs, std::int32_t* order, C* selected) {
+inline void route_selected(const C* z, const Problem& problem, C* g, C* probs, std::int32_t* order, C* selected) {
   const std::int64_t experts = problem.experts, k = problem.top_k;
-  if (problem.dense()) {
-    softmax(z, experts, g);
-    return;
-  }
   select_top_k(z, experts, k, order);
   std::fill(g, g + experts, C(0));
   if (problem.renormalize) {
     std::sort(order, order + k);  // sum in the order of the experts, whatever their rank
     for (std::int64_t i = 0; i < k; ++i) selected[i] = z[order[i]];
-    softmax(selected, k, selected);
+    softmax(selected, 1, k, selected);
     for (std::int64_t i = 0; i < k; ++i) g[order[i]] = selected[i];
   } else {
-    softmax(z, experts, probs);
+    softmax(z, 1, experts, probs);
     for (std::int64_t i = 0; i < k; ++i) g[order[i]] = probs[order[i]];
   }
 }
@@ -68,6 +98,7 @@ inline void route_backward(const C* g, const C* probs, C* dg, std::int64_t exper
       if (g[e] == C(0)) dg[e] = 0;
   }
   double sum = 0;
+#pragma omp simd reduction(+ : sum)
   for (std::int64_t e = 0; e < experts; ++e) sum += static_cast<double>(p[e]) * dg[e];
   const C mean = static_cast<C>(sum);
   for (std::int64_t e = 0; e < experts; ++e) dz[e] = p[e] * (dg[e] - mean);

@@ -96,8 +96,9 @@ inline T in_register(T value) {
 template <>
 struct Vector<float> {
   static constexpr int kLanes = 16;
-  static constexpr int kRows = 3;  // rows and experts of a register tile: 24 accumulators of 32 registers
-  static constexpr int kExperts = 8;
+  static constexpr int kRows = 6;  // rows and experts of a register tile: 24 accumulators of 32 registers
+  static constexpr int kExperts = 4;
+  static constexpr int kOuter = 4;  // experts of a tile of outer products
   __m512 v;
 
   static Vector zero() { return {_mm512_setzero_ps()}; }
@@ -130,14 +131,22 @@ struct Vector<float> {
   friend Vector operator*(Vector a, Vector b) { return {_mm512_mul_ps(a.v, b.v)}; }
   friend Vector fma(Vector a, Vector b, Vector c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   float sum() const { return _mm512_reduce_add_ps(v); }
+  friend void sum_four(const Vector* x, float* sums) {
+    const auto pairs = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+    const __m512d ab = _mm512_castps_pd(pairs(x[0].v, x[1].v)), cd = _mm512_castps_pd(pairs(x[2].v, x[3].v));
+    const __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
   Vector kept() const { return in_register(*this); }
 };
 
 template <>
 struct Vector<double> {
   static constexpr int kLanes = 8;
-  static constexpr int kRows = 3;
-  static constexpr int kExperts = 8;
+  static constexpr int kRows = 6;
+  static constexpr int kExperts = 4;
+  static constexpr int kOuter = 4;
   __m512d v;
 
   static Vector zero() { return {_mm512_setzero_pd()}; }
@@ -159,6 +168,7 @@ struct Vector<float> {
   static constexpr int kLanes = 8;
   static constexpr int kRows = 2;  // 8 accumulators of 16 registers
   static constexpr int kExperts = 4;
+  static constexpr int kOuter = 2;
   __m256 v;
 
   static Vector zero() { return {_mm256_setzero_ps()}; }
@@ -190,6 +200,10 @@ struct Vector<float> {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
   }
+  friend void sum_four(const Vector* x, float* sums) {
+    const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(x[0].v, x[1].v), _mm256_hadd_ps(x[2].v, x[3].v));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  }
   Vector kept() const { return in_register(*this); }
 };
 
@@ -198,6 +212,7 @@ struct Vector<double> {
   static constexpr int kLanes = 4;
   static constexpr int kRows = 2;
   static constexpr int kExperts = 4;
+  static constexpr int kOuter = 2;
   __m256d v;
 
   static Vector zero() { return {_mm256_setzero_pd()}; }
@@ -223,6 +238,7 @@ struct Vector {
   static constexpr int kLanes = 16 / sizeof(C);
   static constexpr int kRows = 2;
   static constexpr int kExperts = 4;
+  static constexpr int kOuter = 2;
   typedef C Register __attribute__((vector_size(16)));
   Register v;
 
@@ -258,8 +274,15 @@ struct Vector {
 
 #endif
 
-// Asks for the cache line at `p`, which may lie behind the end of an array.
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// The sums of four registers, each over its lanes.
+template <typename C>
+inline void sum_four(const Vector<C>* x, C* sums) {
+  for (int i = 0; i < 4; ++i) sums[i] = x[i].sum();
+}
+
+// Asks for the cache line at `p`, which may lie behind the end of an array, into the second cache level. (GCC drops calls of a function
+// that does nothing else, unless it has been inlined by then.)
+[[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // --- the last, short register of a row -----------------------------------------------------------------------------------------------
 

@@ -103,6 +103,8 @@ class SteeredLayer(Steered):
             pool=place.pool,
             pool_size=place.pool_size,
         )
+        if torch.compiler.is_compiling():
+            y = y.view(y.shape)  # one of several results of an operator takes no attributes there
         version = None if _writes_go_unnoticed() else y._version
         y._steered = Handover(place.norm, normed, version, torch.is_grad_enabled(), y.requires_grad)  # type: ignore[attr-defined]
         return y

@@ -12,6 +12,7 @@ import torch
 from closeness import assert_as_accurate
 from problems import Problem, draw, interpreted
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from steermoe_kernels import FusedSteerMoE, reference
@@ -116,6 +117,38 @@ def _assert_like_eager(
     expected = _outputs_and_gradients(eager, parameters, *inputs)
     for name, tensor in _outputs_and_gradients(compiled, parameters, *inputs).items():
         torch.testing.assert_close(tensor, expected[name], msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+def test_the_operator_shows_where_somebody_looks(backend: str, device: torch.device) -> None:
+    """Eager calls skip the dispatcher, but not for the profiler or a dispatch mode, and give the same numbers either way."""
+    aligner = _aligner(backend, device, top_k=2)
+    x = torch.randn(2, 5, WIDTH, device=device)
+
+    def gradients() -> list[Tensor]:
+        return list(torch.autograd.grad(aligner(x, 1).square().sum(), [aligner.steering_vectors, aligner.router.weight]))
+
+    unseen = gradients()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        profiled = gradients()
+    names = {event.key for event in profile.key_averages()}
+    assert {"steermoe::steer", "steermoe::steer_backward"} <= names
+    with _Names() as seen:
+        dispatched = gradients()
+    assert {"steermoe.steer.default", "steermoe.steer_backward.default"} <= seen.names
+    for others in (profiled, dispatched):
+        assert all(map(torch.equal, unseen, others))
+
+
+class _Names(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def test_compiled_without_graph_breaks_at_any_length(backend: str, device: torch.device, fresh_dynamo: None) -> None:
