@@ -19,6 +19,7 @@ from torch import Tensor
 from steermoe_kernels import functional as SF
 from steermoe_kernels import reference
 from steermoe_kernels.backends import select_backend
+from steermoe_kernels.choice import Shape
 
 __all__ = ["DIRECTIONS", "GEOMETRY", "UNCOMPILED", "VARIANTS", "Case", "Pass", "comparisons", "prepared", "suitable", "unsuitable"]
 
@@ -82,7 +83,11 @@ class Case:
             "top_k": self.top_k,
             "device": DEVICE.type,
             "bytes_to_move": self.bytes_to_move(direction),
-        } | ({"backend": select_backend("auto", DEVICE, self.dtype).__name__.rpartition(".")[2]} if variant == "ours" else {})
+        } | ({"backend": self._backend()} if variant == "ours" else {})
+
+    def _backend(self) -> str:
+        shape = Shape(self.num_experts, self.frames, self.width)
+        return select_backend("auto", DEVICE, self.dtype, shape).__name__.rpartition(".")[2]
 
 
 def suitable(case: Case, variants: list[str]) -> list[str]:

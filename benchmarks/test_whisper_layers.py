@@ -16,6 +16,7 @@ from stacks import FRAMES, Encoders, Stack
 from timing import Work
 
 from steermoe_kernels.backends import select_backend
+from steermoe_kernels.choice import Shape
 
 pytest.importorskip("transformers", reason="the Whisper layers are transformers'")
 
@@ -55,7 +56,8 @@ def test_whisper_layers(case: Stack, direction: str, variant: str, compare: Call
         "device": DEVICE.type,
     }
     if variant == "ours":
-        info["backend"] = select_backend("auto", DEVICE, case.dtype).__name__.rpartition(".")[2]
+        shape = Shape(8, case.batch * FRAMES, case.width)
+        info["backend"] = select_backend("auto", DEVICE, case.dtype, shape).__name__.rpartition(".")[2]
     compare(f"whisper {case} {direction}", variant, partial(_make, case, direction), info)
 
 

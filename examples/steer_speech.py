@@ -24,6 +24,7 @@ from torch import Tensor
 
 from steermoe_kernels import FusedSteerMoE, reference, steer_encoder
 from steermoe_kernels.backends import select_backend
+from steermoe_kernels.choice import Shape
 
 if TYPE_CHECKING:
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -319,7 +320,8 @@ def run(arguments: argparse.Namespace) -> None:
     count = sum(parameter.numel() for parameter in aligner.parameters())
     routing = "dense" if arguments.top_k is None else f"top-{arguments.top_k}"
     say("aligner", f"{aligner.num_experts} experts a layer, {routing}, {count:,} parameters, untrained")
-    backend = select_backend(arguments.backend, arguments.device, arguments.dtype).__name__.rpartition(".")[2]
+    shape = Shape(aligner.num_experts, FRAMES, aligner.feature_dim)  # a piece at a time
+    backend = select_backend(arguments.backend, arguments.device, arguments.dtype, shape).__name__.rpartition(".")[2]
     say("runs on", f"{arguments.device}, {str(arguments.dtype).removeprefix('torch.')}, backend {backend}")
     with torch.no_grad():
         features = steer_pieces(fused, mel, -(-len(audio.samples) // SAMPLES_PER_FRAME), arguments.pool_size)

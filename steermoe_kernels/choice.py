@@ -6,33 +6,57 @@ A line goes in together with the results it stands on. Where no line fits, the b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["FASTEST", "Measured", "fastest"]
+__all__ = ["FASTEST", "Measured", "Shape", "fastest"]
+
+
+class Shape(NamedTuple):
+    """The sizes of a pass: ``frames`` is batch times time, ``width`` a frame's columns."""
+
+    experts: int
+    frames: int
+    width: int
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The backend that was the fastest for streams of ``dtypes`` on GPUs of compute ``capability``, and where that is shown."""
+    """The backend that was the fastest on GPUs of compute ``capability`` for one class of shapes, and where that is shown.
+
+    The class: streams of ``dtypes``, with sizes from ``smallest`` to ``largest``. A frame's cost changes little between neighbouring
+    sizes, so that a few classes cover what is used.
+    """
 
     capability: tuple[int, int]
     dtypes: tuple[torch.dtype, ...]
+    smallest: Shape
+    largest: Shape
     backend: str
     results: str  # a file in benchmarks/results
+
+    def fits(self, dtype: torch.dtype, shape: Shape) -> bool:
+        within = (low <= size <= high for low, size, high in zip(self.smallest, shape, self.largest, strict=True))
+        return dtype in self.dtypes and all(within)
 
 
 # No line yet: the CUDA kernels have been compiled and inspected, and run thread by thread on an emulated GPU, but not on a real one.
 FASTEST: tuple[Measured, ...] = ()
 
 
-def fastest(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Name of the backend measured to be the fastest for a stream of this device and dtype, or None.
+def fastest(device: torch.device, dtype: torch.dtype, shape: Shape) -> str | None:
+    """Name of the backend measured to be the fastest for such a stream on this device, or None; of several lines the first counts.
 
     Asks a driver only where a line might fit.
     """
-    lines = [line for line in FASTEST if dtype in line.dtypes]
-    if device.type != "cuda" or not lines:
+    if device.type != "cuda":
         return None
-    capability = torch.cuda.get_device_capability(device)
-    return next((line.backend for line in lines if line.capability == capability), None)
+    lines = (line for line in FASTEST if line.fits(dtype, shape))
+    return next((line.backend for line in lines if line.capability == _capability(device)), None)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .backends import Options, select_backend
 from .checks import check_tensors
+from .choice import Shape
 from .reference import compute_dtype
 
 __all__ = ["project", "steer"]
@@ -46,6 +47,11 @@ project = torch.ops.steermoe.project.default
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _shape(stream: Tensor, weight: Tensor) -> Shape:
+    batch, time, width = stream.shape
+    return Shape(weight.shape[0], batch * time, width)
 
 
 def _output_like(
@@ -97,7 +103,7 @@ def _steer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (x, residual, weight, bias, vectors, scale, norm_weight, norm_bias)
     check_tensors(*tensors)
-    module = select_backend(settings[-1], x.device, x.dtype)
+    module = select_backend(settings[-1], x.device, x.dtype, _shape(x, weight))
     if x.numel() == 0:
         return _output_like(*tensors, *settings)
     options = Options(*(*settings[:-1], weight.shape[0]))
@@ -198,7 +204,7 @@ def _steer_backward(
     likes = _gradients_like(y, weight, vectors, norm_weight, needs, gates.dtype)
     if y.numel() == 0:
         return tuple(y.new_zeros(shape, dtype=dtype) for shape, dtype in likes)
-    module = select_backend(backend, y.device, y.dtype)
+    module = select_backend(backend, y.device, y.dtype, _shape(y, weight))
     grads = module.steer_backward(
         *_contiguous(dy, dnormed, dgates),
         y,

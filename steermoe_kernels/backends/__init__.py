@@ -93,11 +93,12 @@ def get_backend(name: str) -> ModuleType:
     return backend
 
 
-def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The backend for a stream of this device and dtype.
+def select_backend(name: str, device: torch.device, dtype: torch.dtype, shape: choice.Shape | None = None) -> ModuleType:
+    """The backend for a stream of this device, dtype and shape.
 
-    ``name`` "auto" takes the one the environment variable STEERMOE_BACKEND names, or else the best available for the device. Raises
-    as `get_backend`, and RuntimeError if the backend that was asked for does not take this device or dtype.
+    ``name`` "auto" takes the one the environment variable STEERMOE_BACKEND names, or else the best available for the device: the one
+    measured to be the fastest for the ``shape``, where there is such a measurement. Raises as `get_backend`, and RuntimeError if the
+    backend that was asked for does not take this device or dtype.
     """
     if name == "auto":
         name = os.environ.get("STEERMOE_BACKEND") or "auto"
@@ -106,15 +107,15 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype) -> Modul
         if (reason := backend.rejects(device, dtype)) is not None:
             raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
         return backend
-    return _auto(device, dtype)
+    return _auto(device, dtype, None if shape is None else choice.fastest(device, dtype, shape))
 
 
 @cache
-def _auto(device: torch.device, dtype: torch.dtype) -> ModuleType:
+def _auto(device: torch.device, dtype: torch.dtype, measured: str | None) -> ModuleType:
     def runs(backend: ModuleType) -> bool:
         return backend.unavailable() is None and backend.rejects(device, dtype) is None
 
-    if (measured := choice.fastest(device, dtype)) is not None and runs(_load(measured)):
+    if measured is not None and runs(_load(measured)):
         return _load(measured)
     usable = [backend for backend in map(_load, _names()) if device.type in backend.AUTO_DEVICES and runs(backend)]
     return max(usable, key=lambda backend: backend.PRIORITY, default=_load("reference"))

@@ -10,20 +10,17 @@ import importlib
 import re
 from functools import cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..compiled import address, backward_results, forward_results, problem
 from . import Options
 
 AUTO_DEVICES: frozenset[str] = frozenset()  # `steermoe_kernels.choice` alone lets it in
 PRIORITY = 20
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 _STREAMS = (torch.float32, torch.float16, torch.bfloat16)
-_NORMS = {"": 0, "layer": 1, "rms": 2}
-_POOLS = {"": 0, "max": 1, "mean": 2}
 _MAX_EXPERTS = 256
 
 
@@ -71,44 +68,11 @@ def _runs_on(architectures: str, major: int, minor: int) -> bool:
     return False
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-
-
-def _operand(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (tensor.data_ptr(), _DTYPES[tensor.dtype])
-
-
-def _problem(
-    y: Tensor,
-    pooled: int,
-    options: Options,
-    weight: Tensor,
-    bias: Tensor | None,
-    vectors: Tensor,
-    scale: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-) -> Any:
+def _check_experts(options: Options) -> None:
     if options.num_experts > _MAX_EXPERTS:
         raise ValueError(
             f"backend 'cuda' takes up to {_MAX_EXPERTS} experts, got {options.num_experts}; backend 'reference' takes any number"
         )
-    batch, time, width = y.shape
-    return _core().Problem(
-        sizes=(batch, time, pooled, width, options.num_experts, options.top_k, options.pool_size if options.pool else 1),
-        renormalize=options.renormalize,
-        norm=_NORMS[options.norm],
-        pool=_POOLS[options.pool],
-        eps=options.eps,
-        stream=_DTYPES[y.dtype],
-        weight=_operand(weight),
-        bias=_operand(bias),
-        vectors=_operand(vectors),
-        scale=_operand(scale),
-        norm_weight=_operand(norm_weight),
-        norm_bias=_operand(norm_bias),
-    )
 
 
 def _place(tensor: Tensor) -> dict[str, int]:
@@ -130,16 +94,11 @@ def steer_forward(
     norm_bias: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, time, width = x.shape
-    pooled = -(-time // options.pool_size) if options.pool else time
-    problem = _problem(x, pooled, options, weight, bias, vectors, scale, norm_weight, norm_bias)
-    y = torch.empty_like(x)
-    gates = x.new_empty((batch, time, options.num_experts), dtype=torch.float32)
-    probs = torch.empty_like(gates) if options.keeps_probs else gates.new_empty(0)
-    normed = x.new_empty((batch, pooled, width) if options.norm else 0)
-    stats = gates.new_empty((2, batch, pooled) if options.norm else 0)
+    _check_experts(options)
+    call = problem(_core(), x, options, weight, bias, vectors, scale, norm_weight, norm_bias)
+    results = y, normed, gates, probs, stats = forward_results(x, options)
     with torch.cuda.device_of(x):
-        _core().forward(problem, [_address(t) for t in (x, residual, y, normed, gates, probs, stats)], **_place(x))
+        _core().forward(call, [address(t) for t in (x, residual, *results)], **_place(x))
     return y, normed, gates, probs, stats
 
 
@@ -158,16 +117,12 @@ def steer_backward(
     options: Options,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    num_experts, width = weight.shape
-    needs = [*needs[:5], *(need and dnormed is not None for need in needs[5:])]
-    shapes = (y.shape, (num_experts, width), (num_experts,), (num_experts, width), (), (width,), (width,))
-    dtypes = (y.dtype, *(gates.dtype,) * 6)
-    results = [y.new_empty(shape, dtype=dtype) if need else None for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)]
-    problem = _problem(y, stats.shape[-1] if options.norm else y.shape[1], options, weight, None, vectors, scale, norm_weight, None)
+    _check_experts(options)
+    results = backward_results(y, gates, weight, [*needs[:5], *(need and dnormed is not None for need in needs[5:])])
     call = {
-        "problem": problem,
-        "addresses": [_address(t) for t in (dy, dnormed, dgates, y, gates, probs, stats)],
-        "results": [_address(t) for t in results],
+        "problem": problem(_core(), y, options, weight, None, vectors, scale, norm_weight, None),
+        "addresses": [address(t) for t in (dy, dnormed, dgates, y, gates, probs, stats)],
+        "results": [address(t) for t in results],
     }
     place = _place(y)
     with torch.cuda.device_of(y):

@@ -274,18 +274,18 @@ def test_more_experts_than_the_kernels_take() -> None:
 def test_the_fast_kernels_take_every_width_on_sm_80(dtype: torch.dtype, emulated: Device) -> None:
     """Up to 4096 columns and 256 experts, all that a pass can have: tiles fit into the 163 KiB a block may have."""
     emulated.set_machine(108)
-    cuda = get_module()
     from steermoe_kernels.backends import Options
+    from steermoe_kernels.compiled import problem
 
     for width in (8, 384, 1024, 1280, 2048, 4096):
         for num_experts in (1, 8, 64, 256):
             for parameters in (torch.float32, dtype):
                 x, weight = torch.empty(1, 1500, width, dtype=dtype), torch.empty(num_experts, width, dtype=parameters)
                 options = Options(norm="layer", top_k=num_experts, num_experts=num_experts)
-                problem = cuda._problem(x, 1500, options, weight, None, weight, weight[0, 0], None, None)
-                assert emulated.core.forward_path(problem, [16] * 7, 0) == "fast"
-                assert emulated.core.backward_path(problem, [16] * 7, [16] * 7, 0) == "fast"
-                assert emulated.core.forward_path(problem, [16, 16, 24, *[16] * 4], 0) == "plain"
+                call = problem(emulated.core, x, options, weight, None, weight, weight[0, 0], None, None)
+                assert emulated.core.forward_path(call, [16] * 7, 0) == "fast"
+                assert emulated.core.backward_path(call, [16] * 7, [16] * 7, 0) == "fast"
+                assert emulated.core.forward_path(call, [16, 16, 24, *[16] * 4], 0) == "plain"
 
 
 def test_get_backend_is_the_one_under_test(emulated: Device) -> None:

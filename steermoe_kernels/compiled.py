@@ -1,0 +1,76 @@
+"""A steering pass as the compiled backends take it: addresses, sizes, and numbers for names (csrc/steer.h)."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import Options
+from .reference import compute_dtype
+
+__all__ = ["DTYPES", "address", "backward_results", "forward_results", "problem"]
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+_NORMS = {"": 0, "layer": 1, "rms": 2}
+_POOLS = {"": 0, "max": 1, "mean": 2}
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's numbers are; 0 for one that is absent or empty."""
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def problem(
+    module: ModuleType,
+    stream: Tensor,
+    options: Options,
+    weight: Tensor,
+    bias: Tensor | None,
+    vectors: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> Any:
+    """The compiled ``module``'s ``Problem`` for a stream (B, T, D) and the parameters of its pass."""
+    batch, time, width = stream.shape
+    pool_size = options.pool_size if options.pool else 1
+    return module.Problem(
+        sizes=(batch, time, -(-time // pool_size), width, options.num_experts, options.top_k, pool_size),
+        renormalize=options.renormalize,
+        norm=_NORMS[options.norm],
+        pool=_POOLS[options.pool],
+        eps=options.eps,
+        stream=DTYPES[stream.dtype],
+        weight=_operand(weight),
+        bias=_operand(bias),
+        vectors=_operand(vectors),
+        scale=_operand(scale),
+        norm_weight=_operand(norm_weight),
+        norm_bias=_operand(norm_bias),
+    )
+
+
+def _operand(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype])
+
+
+def forward_results(x: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for ``(y, normed, gates, probs, stats)``, as `steermoe_kernels.backends` describes them."""
+    batch, time, width = x.shape
+    pooled = -(-time // options.pool_size) if options.pool else time
+    gates = x.new_empty((batch, time, options.num_experts), dtype=compute_dtype(x.dtype))
+    probs = torch.empty_like(gates) if options.keeps_probs else gates.new_empty(0)
+    normed = x.new_empty((batch, pooled, width) if options.norm else 0)
+    stats = gates.new_empty((2, batch, pooled) if options.norm else 0)
+    return torch.empty_like(x), normed, gates, probs, stats
+
+
+def backward_results(y: Tensor, gates: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    """Room for the gradients that are needed, None for the others."""
+    num_experts, width = weight.shape
+    shapes = (y.shape, (num_experts, width), (num_experts,), (num_experts, width), (), (width,), (width,))
+    dtypes = (y.dtype, *(gates.dtype,) * 6)
+    return [y.new_empty(shape, dtype=dtype) if need else None for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)]
