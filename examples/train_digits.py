@@ -5,23 +5,29 @@
 RECORDINGS is the folder of the Free Spoken Digit Dataset (github.com/Jakobovski/free-spoken-digit-dataset): files DIGIT_SPEAKER_TAKE.wav.
 Strings of three to six digits are put together from one speaker's takes, with short pauses. The data set's own split is kept: takes 5 and
 up are trained on, takes 0 to 4 are not. Three word error rates come out of it: of the training speakers' takes 0 to 4, by which the best
-checkpoint is chosen; of the held-out speaker's, chosen by nothing; and the latter before training. `--audio-model` takes a hub id, a folder
-or openai-whisper's .pt file, `--text-model` a hub id or a folder; without them the small backbones inside this package are used.
+checkpoint is chosen; of the held-out speaker's, chosen by nothing; and the latter before training. They are printed, and written to
+scores.json in the output folder. `--audio-model` takes a hub id, a folder or openai-whisper's .pt file, `--text-model` a hub id or a
+folder; without them the small backbones inside this package are used.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import random
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
+import transformers
 
+import steermoe_kernels
 from steermoe.data import load
 from steermoe.evaluation import Evaluation, evaluate
 from steermoe.training import build, train
@@ -39,11 +45,16 @@ Takes = dict[str, dict[int, dict[int, Path]]]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    takes = find_takes(options.recordings)
+    try:
+        takes = find_takes(options.recordings)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     speakers = sorted(takes)
     if options.held_out not in speakers or len(speakers) < 2:
         print(f"error: --held-out must be one of the speakers in {options.recordings}, {', '.join(speakers)}", file=sys.stderr)
         return 1
+    began = time.perf_counter()
     heard = [speaker for speaker in speakers if speaker != options.held_out]
     rng = random.Random(options.seed)
     output: Path = options.output
@@ -78,9 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if result.interrupted:
         return 130
     seen, unseen = (score(result.model, processor, corpora[name]) for name in ("validation", "held out"))
-    report("held-out speaker, untrained", untrained)
-    report("training speakers, new takes", seen)
-    report("held-out speaker", unseen)
+    scores = {"held-out speaker, untrained": untrained, "training speakers, new takes": seen, "held-out speaker": unseen}
+    for name, evaluation in scores.items():
+        report(name, evaluation)
+    run = {"held_out": options.held_out, "steps": options.steps, "batch_size": options.batch_size, "seed": options.seed}
+    run |= {"audio_model": options.audio_model, "text_model": options.text_model, "parameters": trained}
+    run |= {"seconds": round(time.perf_counter() - began), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+    numbers = json.dumps(run | {"wer": {name: errors(evaluation) for name, evaluation in scores.items()}}, indent=1)
+    (output / "scores.json").write_text(numbers + "\n", encoding="utf-8")
     for row in unseen.hypotheses[:5]:
         print(f"  said {row.reference!r}, heard {row.hypothesis!r}")
     print(f"checkpoint: {result.checkpoint}")
@@ -105,11 +121,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def find_takes(folder: Path) -> Takes:
-    """Speaker -> digit -> take -> file. ValueError if a speaker has no take of a digit to train or test on."""
+    """Speaker -> digit -> take -> file. ValueError for a folder without any, or a speaker without a take of a digit to train or test on."""
     found: Takes = defaultdict(lambda: defaultdict(dict))
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
     for path in sorted(folder.glob("[0-9]_*_*.wav")):
         digit, speaker, take = path.stem.split("_")
         found[speaker][int(digit)][int(take)] = path
+    if not found:
+        raise ValueError(f"{folder} holds no files named DIGIT_SPEAKER_TAKE.wav")
     for speaker, digits in found.items():
         for value in range(10):
             takes = digits.get(value, {})
@@ -141,6 +161,17 @@ def write_strings(folder: Path, takes: Takes, speakers: Sequence[str], count: in
 def score(model: object, processor: object, corpus: Path) -> Evaluation:
     # Numbers stay words: the English normaliser would join those of a string to one.
     return evaluate(model, processor, load(corpus), prompt=PROMPT, normalization="basic", batch_size=16, max_new_tokens=64)
+
+
+def errors(evaluation: Evaluation) -> dict[str, object]:
+    assert evaluation.errors is not None
+    rate = evaluation.errors.wer
+    return {"rate": rate.rate, "interval": rate.interval, "words": rate.reference_length}
+
+
+def versions() -> dict[str, str]:
+    modules = (steermoe_kernels, torch, transformers)
+    return {"python": platform.python_version()} | {module.__name__: str(module.__version__) for module in modules}
 
 
 def report(name: str, evaluation: Evaluation) -> None:

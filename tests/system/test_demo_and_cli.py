@@ -74,6 +74,17 @@ def test_the_report_holds_everything_and_loads_nothing(shown: tuple[demonstratio
     assert {"reference", "cpu"} <= result.timings.keys() | {"cpu"}
 
 
+def test_the_reports_numbers_are_there_to_be_read(shown: tuple[demonstration.DemoResult, Path]) -> None:
+    result, folder = shown
+    numbers = json.loads((folder / "report.json").read_text())
+    for rival in (result.steered, result.projection):
+        found = numbers["aligners"][rival.name]
+        assert found["trained"]["wer"] == rival.trained.errors.wer.rate  # type: ignore[union-attr]
+        assert found["trained"]["wer_by_voice"] == wer_by_voice(rival.trained)
+        assert (found["parameters"], found["steps"]) == (rival.parameters, rival.steps)
+    assert numbers["backbones_bit_identical"] is True and numbers["machine"] == result.machine
+
+
 def test_bad_budget(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="minutes must be above 0"):
         demonstration.run(tmp_path / "x", minutes=0)

@@ -33,7 +33,7 @@ from ..training import build, train
 from ..training_config import DataConfig, ModelConfig, TrainingConfig, TrainingSection
 from ..transcription import ask
 from .phrases import Phrase, phrases
-from .report import write_report
+from .report import write_numbers, write_report
 from .speech import HELD_OUT_VOICES, SAMPLING_RATE, TRAINING_VOICES, Voice, synthesise
 
 __all__ = ["PROMPT", "DemoResult", "Rival", "run"]
@@ -82,7 +82,8 @@ class DemoResult:
 def run(
     output: str | Path, *, minutes: float = 3.0, seed: int = 0, training_clips: int = TRAINING_CLIPS, per_voice: int = SENTENCES_A_VOICE
 ) -> DemoResult:
-    """Run the demo; ``minutes`` of training are shared by the two aligners. Writes ``output``/report.html, checkpoints and the clips.
+    """Run the demo; ``minutes`` of training are shared by the two aligners. Writes ``output``/report.html, its numbers
+    as report.json, checkpoints and the clips.
 
     FileNotFoundError without the shipped backbones, RuntimeError without espeak-ng, ValueError for a budget of no time.
     """
@@ -132,6 +133,7 @@ def run(
         stages,
     )
     write_report(result, folder / "report.html")
+    write_numbers(result, folder / "report.json")
     Console(highlight=False).print(_summary(result, folder / "report.html"))
     return result
 

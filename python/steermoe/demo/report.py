@@ -1,10 +1,12 @@
-"""The demo's report: one HTML file with everything in it, pictures and sound included, that needs no network to be read."""
+"""The demo's report: one HTML file with everything in it, pictures and sound included, that needs no network to be read; and its numbers
+as JSON."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from ..evaluation import Evaluation, Hypothesis
 if TYPE_CHECKING:
     from .demonstration import DemoResult, Rival
 
-__all__ = ["wer_by_voice", "write_report"]
+__all__ = ["wer_by_voice", "write_numbers", "write_report"]
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -30,7 +32,40 @@ img { max-width: 100%; background: white; border-radius: 4px; } audio { height: 
 
 def write_report(result: DemoResult, path: Path) -> None:
     """Write ``path``, whole or not at all."""
-    text = _page(result)
+    _write(path, _page(result))
+
+
+def write_numbers(result: DemoResult, path: Path) -> None:
+    """Write ``path``, JSON: each aligner's word error rates before and after, by voice, too; steps, seconds, versions."""
+    sentence, question, expected, answer = result.question
+    numbers = {
+        "aligners": {rival.name: _numbers(rival) for rival in (result.steered, result.projection)},
+        "question": {"sentence": sentence, "question": question, "expected": expected, "answer": answer},
+        "backbones_bit_identical": result.preservation.passed,
+        "training_step_seconds": result.timings,
+        "seconds": result.seconds,
+        "stages_begin": result.stages,
+        "machine": result.machine,
+    }
+    _write(path, json.dumps(numbers, indent=1) + "\n")
+
+
+def _numbers(rival: Rival) -> dict[str, Any]:
+    def errors(evaluation: Evaluation) -> dict[str, Any]:
+        assert evaluation.errors is not None
+        wer = evaluation.errors.wer
+        return {"wer": wer.rate, "interval": wer.interval, "words": wer.reference_length, "clips": len(evaluation.hypotheses)}
+
+    return {
+        "parameters": rival.parameters,
+        "steps": rival.steps,
+        "seconds": rival.seconds,
+        "untrained": errors(rival.untrained),
+        "trained": errors(rival.trained) | {"wer_by_voice": wer_by_voice(rival.trained)},
+    }
+
+
+def _write(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".partial")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
