@@ -137,15 +137,20 @@ def test_steering_larger_than_the_stream(backend: str, device: torch.device) -> 
     problem = P(frames=100 if interpreted(backend) else 700, width=33, num_experts=8, norm="layer", residual=True)
     for dtype in dtypes_of(backend, device):
         times = 3 if dtype.itemsize == 2 else 1 if backend in ("triton", "cuda") else 5
-        results, compared = [], []
-        for seed in range(4):
-            inputs, incoming = draw(problem, dtype, device, seed)
-            with torch.no_grad():
-                inputs["vectors"] *= times / inputs["scale"]
-            results.append(fused(problem, inputs, incoming, backend))
-            compared.append(_compared(problem, inputs, incoming))
-        truth, *others = (stack(way) for way in zip(*compared, strict=True))
-        assert_errors_within(_allowed(truth, *others), stack(results), truth, dtype)
+        assert_accurate_with_large_steering(backend, problem, dtype, device, times)
+
+
+def assert_accurate_with_large_steering(backend: str, problem: Problem, dtype: torch.dtype, device: torch.device, times: float) -> None:
+    """Steering vectors that change a frame by about ``times`` its size."""
+    results, compared = [], []
+    for seed in range(4):
+        inputs, incoming = draw(problem, dtype, device, seed)
+        with torch.no_grad():
+            inputs["vectors"] *= times / inputs["scale"]
+        results.append(fused(problem, inputs, incoming, backend))
+        compared.append(_compared(problem, inputs, incoming))
+    truth, *others = (stack(way) for way in zip(*compared, strict=True))
+    assert_errors_within(_allowed(truth, *others), stack(results), truth, dtype)
 
 
 def test_sums_over_very_many_frames() -> None:

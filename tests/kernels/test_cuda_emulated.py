@@ -20,7 +20,7 @@ import pytest
 import torch
 from closeness import assert_errors_within, stack
 from problems import Problem, draw, fused
-from test_accuracy import _allowed, _as_float32, _compared
+from test_accuracy import _allowed, _as_float32, _compared, assert_accurate_with_large_steering
 
 from steermoe_kernels import functional as SF
 from steermoe_kernels import reference
@@ -155,6 +155,13 @@ def test_outputs_and_gradients(problem: Problem, kernels: set[str], dtype: torch
     emulated.set_order("random", 1)
     _check(problem, dtype)
     assert set(emulated.take_launched()) == kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("width", [33, 40])
+def test_steering_larger_than_the_stream(dtype: torch.dtype, width: int, emulated: Device) -> None:
+    problem = P(frames=100, width=width, num_experts=8, norm="layer", residual=True)
+    assert_accurate_with_large_steering("cuda", problem, dtype, torch.device("cpu"), times=3 if dtype.itemsize == 2 else 1)
 
 
 @pytest.mark.parametrize("shared_kib", [163, 99, 64, 48])
