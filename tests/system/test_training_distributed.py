@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from training_runs import Spy, configuration, corpus
 
+from steermoe.checkpoint_folder import WEIGHTS_NAME
 from steermoe.checkpoints import CheckpointError, verify
 from steermoe.training import TrainingResult, train
 from steermoe.training_config import TrainingConfig
@@ -24,7 +28,7 @@ RANKS, STEPS = 2, 3
 TEXTS = ("a", "two", "three four five six seven", "no", "eight nine ten eleven twelve", "yes", "b", "seven eight")
 
 
-def _rank(rank: int, port: int, config: dict[str, Any], folder: str) -> None:
+def _rank(rank: int, port: int, config: dict[str, Any], folder: str, resume: bool) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -36,7 +40,7 @@ def _rank(rank: int, port: int, config: dict[str, Any], folder: str) -> None:
     }
     spy = Spy()
     try:
-        result = train(TrainingConfig.from_dict(config), callbacks=[spy])
+        result = train(TrainingConfig.from_dict(config), callbacks=[spy], resume=resume)
         scores = [row.id + row.hypothesis for row in result.evaluation.hypotheses] if result.evaluation else []
         saved = {"gradients": spy.gradients, "history": result.history, "hypotheses": scores, "bad_rows": len(result.bad_rows)}
         torch.save(saved, f"{folder}/rank-{rank}.pt")
@@ -45,11 +49,11 @@ def _rank(rank: int, port: int, config: dict[str, Any], folder: str) -> None:
             dist.destroy_process_group()
 
 
-def _spawn(config: TrainingConfig, folder: Path) -> list[dict[str, Any]]:
+def _spawn(config: TrainingConfig, folder: Path, resume: bool = False) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_rank, (port, config.to_dict(), os.fspath(folder)), nprocs=RANKS)
+    mp.spawn(_rank, (port, config.to_dict(), os.fspath(folder), resume), nprocs=RANKS)
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
 
 
@@ -67,6 +71,8 @@ def runs(
         "load_balancing_weight": 0.0,
         "schedule": "constant",
         "warmup_steps": 0,
+        "save_steps": 1,
+        "save_total_limit": STEPS,
     }
     two = configuration((tiny_encoder, tiny_language_model), clips, folder / "two", eval=clips, batch_size=2, **settings)
     one = configuration((tiny_encoder, tiny_language_model), clips, folder / "one", eval=clips, batch_size=4, **settings)
@@ -104,3 +110,22 @@ def test_a_checkpoint_of_two_processes_is_whole_and_not_for_one(runs: Any) -> No
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "model.safetensors"} <= {path.name for path in checkpoint.iterdir()}
     with pytest.raises(CheckpointError, match="was made by 2 processes, and this run has 1: start as many"):
         train(config, resume=True)
+
+
+def test_two_processes_go_on_where_they_were_stopped(runs: Any, tmp_path: Path) -> None:
+    """In the middle of an epoch: the same batches, losses and weights as without the stop."""
+    ranks, _, _, config = runs
+    whole = Path(config.training.output_dir)
+    stopped = dataclasses.replace(config, training=dataclasses.replace(config.training, output_dir=str(tmp_path / "stopped")))
+    shutil.copytree(whole, tmp_path / "stopped")
+    for step in range(2, STEPS + 1):  # an epoch has two steps: the first one's checkpoint is in the middle of it
+        shutil.rmtree(tmp_path / "stopped" / f"checkpoint-{step}")
+    resumed = _spawn(stopped, tmp_path, resume=True)
+    for rank, before in zip(resumed, ranks, strict=True):
+        assert len(rank["gradients"]) == STEPS - 1
+        for step, gradients in enumerate(before["gradients"][1:]):
+            for name, gradient in gradients.items():
+                assert torch.equal(rank["gradients"][step][name], gradient), (step + 2, name)
+    last = load_file(tmp_path / "stopped" / f"checkpoint-{STEPS}" / WEIGHTS_NAME)
+    for name, weights in load_file(whole / f"checkpoint-{STEPS}" / WEIGHTS_NAME).items():
+        assert torch.equal(last[name], weights), name
