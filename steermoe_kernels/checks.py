@@ -5,39 +5,85 @@ Each message names the argument, says what would do, and what came. Nothing is c
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["check_layer", "check_pool", "check_stream", "check_tensors", "check_top_k", "check_width"]
+__all__ = [
+    "check_layer",
+    "check_norm",
+    "check_pool",
+    "check_projection",
+    "check_renormalize",
+    "check_scale",
+    "check_size",
+    "check_stream",
+    "check_tensors",
+    "check_top_k",
+    "check_width",
+]
 
-_STREAM_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LARGEST_POOL = 2**31 - 1
 
 
 def check_top_k(top_k: int | None, num_experts: int) -> int:
     """``top_k`` as a number: ``num_experts`` for None. ValueError unless between 1 and ``num_experts``."""
     if top_k is None:
         return num_experts
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise TypeError(f"top_k must be an integer or None, got {top_k!r}")
+    top_k = _integer("top_k", top_k, " or None")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k must be between 1 and num_experts ({num_experts}), got {top_k}")
     return top_k
 
 
-def check_pool(pool: str | None, pool_size: int) -> None:
-    """ValueError unless ``pool`` is None, "max" or "mean" and ``pool_size`` at least 1."""
+def check_pool(pool: str | None, pool_size: int) -> int:
+    """``pool_size`` as an int. ValueError unless ``pool`` is None, "max" or "mean" and ``pool_size`` between 1 and 2^31 - 1."""
     if pool not in (None, "max", "mean"):
         raise ValueError(f"pool must be None, 'max' or 'mean', got {pool!r}")
-    if isinstance(pool_size, bool) or not isinstance(pool_size, int):
-        raise TypeError(f"pool_size must be an integer, got {pool_size!r}")
+    pool_size = _integer("pool_size", pool_size)
     if pool_size < 1:
         raise ValueError(f"pool_size must be at least 1, got {pool_size}")
+    if pool_size > _LARGEST_POOL:
+        raise ValueError(f"pool_size must be at most {_LARGEST_POOL}, got {pool_size}")
+    return pool_size
+
+
+def check_norm(eps: float, rms: bool) -> None:
+    """TypeError unless ``eps`` is a number and ``rms`` a bool; ValueError for an ``eps`` below zero."""
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"eps must be a number, got {eps!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    if not isinstance(rms, bool):
+        raise TypeError(f"rms must be True or False, got {rms!r}")
+
+
+def check_renormalize(renormalize: bool) -> None:
+    """TypeError unless it is a bool."""
+    if not isinstance(renormalize, bool):
+        raise TypeError(f"renormalize must be True or False, got {renormalize!r}")
+
+
+def check_scale(scale: Tensor | float) -> None:
+    """TypeError unless it is a tensor or a number."""
+    if isinstance(scale, bool) or not isinstance(scale, Tensor | int | float):
+        raise TypeError(f"scale must be a tensor of one element or a number, got {scale!r}")
+
+
+def check_size(name: str, size: int) -> int:
+    """``size`` as an int. TypeError unless it is one, ValueError below one."""
+    size = _integer(name, size)
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+    return size
 
 
 def check_layer(layer: int, num_layers: int) -> None:
     """IndexError unless ``layer`` is between 0 and ``num_layers - 1``."""
-    if isinstance(layer, bool) or not isinstance(layer, int):
-        raise TypeError(f"layer must be an integer, got {layer!r}")
+    layer = _integer("layer", layer)
     if not 0 <= layer < num_layers:
         raise IndexError(f"layer must be between 0 and num_layers - 1 ({num_layers - 1}), got {layer}")
 
@@ -46,7 +92,7 @@ def check_stream(name: str, h: Tensor, rank: int | None = None) -> None:
     """TypeError unless ``h`` is a floating tensor; ValueError unless it has ``rank`` dimensions (at least one for None)."""
     if not isinstance(h, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(h).__name__}")
-    if h.dtype not in _STREAM_DTYPES:
+    if h.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {_dtype(h)}")
     if rank is not None and h.dim() != rank:
         raise ValueError(f"{name} must be (batch, time, width) to be pooled over time, got shape {tuple(h.shape)}")
@@ -73,6 +119,8 @@ def check_tensors(
 ) -> None:
     """Shapes, dtypes and devices of one pass, against ``x`` (..., D) and ``weight`` (E, D). ValueError or TypeError."""
     width = x.shape[-1]
+    if width < 1:
+        raise ValueError(f"the stream must have at least one column, got shape {tuple(x.shape)}")
     _check_parameter("weight", weight, x, ("E", width))
     num_experts = weight.shape[0]
     if num_experts < 1:
@@ -93,17 +141,36 @@ def check_tensors(
             raise ValueError(f"residual must be on x's device {x.device}, got {residual.device}")
 
 
+def check_projection(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Shapes, dtypes and devices of a projection of frames ``h`` (..., D). ValueError or TypeError."""
+    if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] != h.shape[-1]:
+        raise ValueError(f"the projection takes frames of width {weight.shape[1]}, got {tuple(h.shape)}")
+    _check_parameter("the projection's weight", weight, h, ("output_dim", h.shape[-1]))
+    if bias is not None:
+        _check_parameter("the projection's bias", bias, h, (weight.shape[0],))
+
+
 def _check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int | str, ...]) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if not tensor.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a floating-point tensor, got {_dtype(tensor)}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {_dtype(tensor)}")
     fits = tensor.dim() == len(shape) and all(isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True))
     if not fits:
         wanted = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
         raise ValueError(f"{name} must have shape ({wanted}) for a stream of width {x.shape[-1]}, got {tuple(tensor.shape)}")
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on the stream's device {x.device}, got {tensor.device}")
+
+
+def _integer(name: str, value: Any, otherwise: str = "") -> int:
+    """``value`` as an int, from whatever counts as one (NumPy's integers do, bools do not). TypeError for anything else."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer{otherwise}, got {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer{otherwise}, got {value!r}") from None
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""What ``backend="auto"`` takes on a GPU: a table of what was measured, and nothing that was not.
+"""What ``backend="auto"`` takes on a GPU: a table of what was measured, and nothing that was not. So far it is empty.
 
 A line goes in together with the results it stands on. Where no line fits, the backends' own ``AUTO_DEVICES`` and ``PRIORITY`` decide.
 """
@@ -35,7 +35,7 @@ class Measured:
     smallest: Shape
     largest: Shape
     backend: str
-    results: str  # a file in benchmarks/results
+    results: str  # a file in benchmarks/results: for the reader, and for the test that it is there
 
     def fits(self, dtype: torch.dtype, shape: Shape) -> bool:
         within = (low <= size <= high for low, size, high in zip(self.smallest, shape, self.largest, strict=True))

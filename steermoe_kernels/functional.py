@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_pool, check_stream, check_top_k
+from .checks import check_norm, check_pool, check_renormalize, check_scale, check_stream, check_top_k
+from .reference import compute_dtype
 
 __all__ = ["project", "steer", "steer_norm"]
 
@@ -25,13 +26,15 @@ def steer(
     """Steer every frame of ``h``: ``y = h + s (g V)``, ``g = route(h W^T + b)``.
 
     ``h`` (..., D) float32, float16, bfloat16 or float64, in any layout; ``weight`` (E, D), ``bias`` (E,) or None, ``vectors`` (E, D),
-    ``scale`` () or a number: the slices of one layer, in any floating dtype. ``top_k`` None is dense routing; otherwise the gates are
-    zero off the ``top_k`` largest logits and on them sum to one (``renormalize``) or keep the full softmax's values.
+    ``scale`` a tensor of one element or a number: the slices of one layer, each in any of these dtypes. ``top_k`` None is dense routing;
+    otherwise the gates are zero off the ``top_k`` largest logits and on them sum to one (``renormalize``) or keep the full softmax's
+    values. Where a frame holds a NaN, so does its ``y``; which of its gates do is not defined.
 
     Returns ``y`` (..., D), contiguous, in ``h``'s dtype, and the gates (..., E) in float32 (float64 for a float64 stream); both are
-    differentiable, once. Raises ValueError and TypeError for arguments that do not fit, RuntimeError for a backend that cannot run.
+    differentiable, once, in reverse mode. Raises ValueError and TypeError for arguments that do not fit, RuntimeError for a backend that
+    cannot run.
     """
-    y, _, gates = _run(h, None, weight, bias, vectors, scale, None, None, "", 0.0, None, 1, top_k, renormalize, backend)
+    y, _, gates = _run(h, None, weight, bias, vectors, scale, None, None, "", 0.0, False, None, 1, top_k, renormalize, backend)
     return y, gates
 
 
@@ -57,18 +60,20 @@ def steer_norm(
 
     ``x`` and ``residual`` (..., D); (B, T, D) with ``pool`` "max" or "mean", whose last window may be short. ``norm_weight`` and
     ``norm_bias`` (D,) or None, of the LayerNorm (RMSNorm with ``rms``) that reads the stream next. The rest as in `steer`. If ``x`` and
-    ``residual`` differ in dtype, the stream takes the wider of the two.
+    ``residual`` differ in dtype, the stream takes the one that torch promotes both to.
 
     Returns ``y`` (..., D), the steered stream; ``normed`` (..., D), or (B, ceil(T / pool_size), D) with ``pool``; the gates (..., E).
+    Raises as `steer`.
     """
-    kind = "rms" if rms else "layer"
-    return _run(x, residual, weight, bias, vectors, scale, norm_weight, norm_bias, kind, eps, pool, pool_size, top_k, renormalize, backend)
+    settings = ("layer", eps, rms, pool, pool_size, top_k, renormalize, backend)
+    return _run(x, residual, weight, bias, vectors, scale, norm_weight, norm_bias, *settings)
 
 
 def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``q = h P^T + c``: frames (..., D) to the language model's width (..., output_dim).
 
-    ``weight`` (output_dim, D), ``bias`` (output_dim,) or None. Under autocast the product runs in autocast's dtype, like torch's own.
+    ``weight`` (output_dim, D), ``bias`` (output_dim,) or None, in any of the stream's dtypes. Under autocast the product runs in
+    autocast's dtype, like torch's own. Raises ValueError and TypeError for arguments that do not fit.
     """
     check_stream("h", h)
     device = h.device.type
@@ -88,13 +93,17 @@ def _run(
     norm_bias: Tensor | None,
     norm: str,
     eps: float,
+    rms: bool,
     pool: str | None,
     pool_size: int,
     top_k: int | None,
     renormalize: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_pool(pool, pool_size)
+    pool_size = check_pool(pool, pool_size)
+    check_norm(eps, rms)
+    check_renormalize(renormalize)
+    check_scale(scale)
     check_stream("x" if norm else "h", x, rank=3 if pool else None)
     if residual is not None:
         check_stream("residual", residual)
@@ -107,7 +116,7 @@ def _run(
         came = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"weight must be a tensor of shape (E, {x.shape[-1]}), got {came}")
     if not isinstance(scale, Tensor):
-        scale = torch.full((), float(scale), dtype=weight.dtype, device=x.device)
+        scale = torch.full((), float(scale), dtype=compute_dtype(x.dtype), device=x.device)
     elif scale.numel() == 1:
         scale = scale.reshape(())
     lead, (num_experts, width) = x.shape[:-1], (weight.shape[0], x.shape[-1])
@@ -125,7 +134,7 @@ def _run(
         scale,
         norm_weight,
         norm_bias,
-        norm,
+        "rms" if rms else norm,
         eps,
         pool or "",
         pool_size,

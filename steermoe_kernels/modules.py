@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import checkpoints
 from . import functional as SF
 from .backends import get_backend
-from .checks import check_layer, check_top_k, check_width
+from .checks import check_layer, check_renormalize, check_size, check_top_k, check_width
 
 __all__ = ["FusedSteerMoE", "LayerParameters"]
 
@@ -33,7 +33,8 @@ class FusedSteerMoE(nn.Module):
     Linear(D, L * E); ``layer_scales`` (L,), each ``steering_scale``; ``prompt_proj``, a Linear(D, output_dim), or None.
 
     ``top_k`` None routes densely. ``backend`` is "auto" or one of `available_backends()`. The parameters may stay in float32 while the
-    stream is in half precision. Raises ValueError for sizes below one and ``top_k`` outside 1 .. E, and as `get_backend`.
+    stream is in half precision. Raises ValueError for sizes below one and ``top_k`` outside 1 .. E, TypeError for arguments of another
+    kind, and as `get_backend`.
     """
 
     def __init__(
@@ -51,11 +52,11 @@ class FusedSteerMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"feature_dim": feature_dim, "num_experts": num_experts, "num_layers": num_layers, "output_dim": output_dim}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        check_top_k(top_k, num_experts)
+        feature_dim, num_experts = check_size("feature_dim", feature_dim), check_size("num_experts", num_experts)
+        num_layers = check_size("num_layers", num_layers)
+        output_dim = None if output_dim is None else check_size("output_dim", output_dim)
+        check_renormalize(renormalize)
+        top_k = None if top_k is None else check_top_k(top_k, num_experts)
         if backend != "auto":
             get_backend(backend)
         self.feature_dim, self.num_experts, self.num_layers = feature_dim, num_experts, num_layers
@@ -119,23 +120,38 @@ class FusedSteerMoE(nn.Module):
         return (y, gates) if return_gates else y
 
     def steer_norm(
-        self, x: Tensor, layer: int, norm: Any, *, parameters: LayerParameters | None = None, **kwargs: Any
+        self,
+        x: Tensor,
+        layer: int,
+        norm: nn.Module,
+        *,
+        parameters: LayerParameters | None = None,
+        residual: Tensor | None = None,
+        pool: str | None = None,
+        pool_size: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """`functional.steer_norm` with the experts of ``layer`` and the weights of the LayerNorm ``norm`` that reads the stream next.
+        """`functional.steer_norm` with the experts of ``layer`` and ``norm``, the LayerNorm or RMSNorm that reads the stream next.
 
-        ``parameters``: that layer's slices, where `layer_parameters` has cut them already. Returns ``y`` and ``normed``.
+        ``norm`` is torch's or has its attributes: an RMSNorm is told by its class's name (and multiplies by its weight, not, as Gemma's, by
+        one more). ``parameters``: that layer's slices, where
+        `layer_parameters` has cut them already. Returns ``y`` and ``normed``. IndexError if there is no such layer; else as `steer_norm`.
         """
         check_width("x", x, self.feature_dim)
+        check_layer(layer, self.num_layers)
+        rms = "RMSNorm" in type(norm).__name__
         y, normed, gates = SF.steer_norm(
             x,
             *(self.layer(layer) if parameters is None else parameters),
-            norm.weight,
-            norm.bias,
-            eps=norm.eps,
+            norm.weight,  # type: ignore[arg-type]
+            getattr(norm, "bias", None),
+            residual=residual,
+            eps=_eps(norm, x.dtype),
+            rms=rms,
+            pool=pool,
+            pool_size=pool_size,
             top_k=self.top_k,
             renormalize=self.renormalize,
             backend=self.backend,
-            **kwargs,
         )
         self.record(layer, gates)
         return y, normed
@@ -153,7 +169,10 @@ class FusedSteerMoE(nn.Module):
 
     @contextmanager
     def record_gates(self) -> Iterator[dict[int, Tensor]]:
-        """A dict, layer -> gates (B, T, E), differentiable, filled by every pass inside the block; a layer's latest pass stays."""
+        """A dict, layer -> gates (B, T, E), differentiable, filled by every pass inside the block; a layer's latest pass stays.
+
+        Passes in other threads of the process are among them.
+        """
         record: dict[int, Tensor] = {}
         self._records.append(record)
         try:
@@ -169,3 +188,12 @@ class FusedSteerMoE(nn.Module):
             f"feature_dim={self.feature_dim}, num_experts={self.num_experts}, num_layers={self.num_layers}, top_k={self.top_k}, "
             f"renormalize={self.renormalize}, backend={self.backend!r}"
         )
+
+
+def _eps(norm: Any, dtype: torch.dtype) -> float:
+    """A norm's epsilon, by the names in use; torch's RMSNorm may leave it to the dtype of what it reads."""
+    for name in ("eps", "variance_epsilon"):
+        if hasattr(norm, name):
+            eps = getattr(norm, name)
+            return float(torch.finfo(dtype).eps if eps is None else eps)
+    raise TypeError(f"norm must be a LayerNorm or an RMSNorm with an eps, got {type(norm).__name__}")

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import Options, select_backend
-from .checks import check_tensors
+from .checks import check_projection, check_tensors
 from .choice import Shape
 from .reference import compute_dtype
 
@@ -38,8 +39,6 @@ _lib.define(
 )
 _lib.define("project(Tensor h, Tensor weight, Tensor? bias) -> Tensor", tags=_tags)
 _lib.define("project_backward(Tensor dq, Tensor h, Tensor weight, bool[] needs) -> (Tensor, Tensor, Tensor)", tags=_tags)
-
-project = torch.ops.steermoe.project.default
 
 
 # --- steer ------------------------------------------------------------------------------------------------------------------------------
@@ -71,7 +70,7 @@ def _output_like(
     renormalize: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised outputs: the fake of ``steer``, and its answer where there is no frame to steer."""
+    """Uninitialised outputs: the fake of ``steer``, and its answer where there is no frame to steer, so that nothing is in them."""
     check_tensors(x, residual, weight, bias, vectors, scale, norm_weight, norm_bias)
     batch, frames, width = x.shape
     num_experts = weight.shape[0]
@@ -151,12 +150,12 @@ class _Steer(torch.autograd.Function):
 
 
 def steer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``steermoe::steer``; in plain eager mode by the short way.
+    """``steermoe::steer``, whose arguments these are, by a shorter way where nobody looks.
 
-    A Python operator's way through the dispatcher and back costs about 0.2 ms a forward and backward, more than a short clip's frames
-    take. It is gone only where somebody looks: tracers, compilers, dispatch modes, functorch's transforms, subclasses, meta tensors, the
-    profiler.
+    A Python operator's way through the dispatcher and back takes longer than a short clip's frames do. It is gone only where it serves
+    somebody: tracers, compilers, dispatch modes, functorch's transforms, tensors that are not what they seem, the profiler.
     """
+    _refuse_forward_mode(arguments)
     if _is_observed(arguments):
         return torch.ops.steermoe.steer.default(*arguments)
     return _Steer.apply(*arguments) if torch.is_grad_enabled() else _steer(*arguments)
@@ -169,20 +168,35 @@ def _is_observed(arguments: tuple[Any, ...]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-        or any(isinstance(argument, Tensor) and (type(argument) not in _PLAIN or argument.is_meta) for argument in arguments)
+        or not all(_is_plain(argument) for argument in arguments if isinstance(argument, Tensor))
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+# The dispatch keys of a dense tensor on any device: the low bits stand for the device. Other keys are wrappers, views that negate, batches,
+# zeros without storage, which the dispatcher takes care of.
+_DENSE_KEYS = torch._C._dispatch_keys(torch.empty(0)).raw_repr() | 0xFFFF
 
 
-def _gradients_like(y: Tensor, weight: Tensor, vectors: Tensor, norm_weight: Tensor | None, needs: list[bool], dtype: torch.dtype) -> list:
-    """Shapes of the seven gradients; size 0 for those nobody needs."""
+def _is_plain(tensor: Tensor) -> bool:
+    known_class = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+    return known_class and not torch._C._dispatch_keys(tensor).raw_repr() & ~_DENSE_KEYS and not tensor.is_meta
+
+
+def _refuse_forward_mode(arguments: tuple[Any, ...]) -> None:
+    """RuntimeError for a tensor with a tangent, which torch would drop without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for argument in arguments:
+        if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+            raise RuntimeError("SteerMoE's fused operators have no forward-mode derivative; use steermoe_kernels.reference for it")
+
+
+def _gradients_like(y: Tensor, gates: Tensor, weight: Tensor, needs: list[bool]) -> list[tuple[torch.Size | tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the seven gradients; size 0 for those nobody needs. Autograd rounds each to its parameter's own dtype."""
     num_experts, width = weight.shape
-    shapes = (y.shape, weight.shape, (num_experts,), vectors.shape, (), (width,), (width,))
-    parameter = vectors.dtype if norm_weight is None else norm_weight.dtype
-    dtypes = (y.dtype, weight.dtype, weight.dtype, vectors.dtype, vectors.dtype, parameter, parameter)
-    return [(shape if need else (0,), kind) for shape, kind, need in zip(shapes, dtypes, needs, strict=True)]
+    shapes = (y.shape, weight.shape, (num_experts,), weight.shape, (), (width,), (width,))
+    dtypes = (y.dtype, *(gates.dtype,) * 6)
+    return [(shape if need else (0,), dtype) for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)]
 
 
 @torch.library.impl(_lib, "steer_backward", "CompositeExplicitAutograd")
@@ -201,7 +215,7 @@ def _steer_backward(
     *settings: Any,
 ) -> tuple[Tensor, ...]:
     *options, backend, needs = settings
-    likes = _gradients_like(y, weight, vectors, norm_weight, needs, gates.dtype)
+    likes = _gradients_like(y, gates, weight, needs)
     if y.numel() == 0:
         return tuple(y.new_zeros(shape, dtype=dtype) for shape, dtype in likes)
     module = select_backend(backend, y.device, y.dtype, _shape(y, weight))
@@ -223,16 +237,16 @@ def _steer_backward(
 
 @torch.library.register_fake("steermoe::steer_backward", lib=_lib)
 def _(dy, dnormed, dgates, y, gates, probs, stats, weight, vectors, scale, norm_weight, *settings):  # type: ignore[no-untyped-def]
-    likes = _gradients_like(y, weight, vectors, norm_weight, settings[-1], gates.dtype)
+    likes = _gradients_like(y, gates, weight, settings[-1])
     return tuple(y.new_empty(shape, dtype=dtype) for shape, dtype in likes)
 
 
-def _once_differentiable(ctx: Any, *grads: Tensor) -> None:
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("SteerMoE's fused operators are differentiable once; use steermoe_kernels.reference for second derivatives")
 
 
 for _name in ("steer_backward", "project_backward"):
-    torch.library.register_autograd(f"steermoe::{_name}", _once_differentiable, lib=_lib)
+    torch.library.register_autograd(f"steermoe::{_name}", _refuse_second_derivative, lib=_lib)
 
 
 # --- project ----------------------------------------------------------------------------------------------------------------------------
@@ -240,31 +254,29 @@ for _name in ("steer_backward", "project_backward"):
 # computes no gradient nobody needs and takes a float32 P under a half-precision stream.
 
 
-def _check_project(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.dim() != 2 or weight.shape[1] != h.shape[-1]:
-        raise ValueError(f"the projection takes frames of width {weight.shape[-1]}, got {tuple(h.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != h.device:
-            raise ValueError(f"the projection's {name} must be on the frames' device {h.device}, got {tensor.device}")
+def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``steermoe::project``."""
+    check_projection(h, weight, bias)
+    _refuse_forward_mode((h, weight, bias))
+    return torch.ops.steermoe.project.default(h, weight, bias)
 
 
 @torch.library.impl(_lib, "project", "CompositeExplicitAutograd")
 def _project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _check_project(h, weight, bias)
+    check_projection(h, weight, bias)
     with torch.autocast(h.device.type, enabled=False):
         return torch.nn.functional.linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype)).contiguous()
 
 
 @torch.library.register_fake("steermoe::project", lib=_lib)
 def _(h, weight, bias):  # type: ignore[no-untyped-def]
-    _check_project(h, weight, bias)
+    check_projection(h, weight, bias)
     return h.new_empty((*h.shape[:-1], weight.shape[0]))
 
 
 def _keep_for_project_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    h, weight, bias = inputs
+    h, weight, _ = inputs
     ctx.save_for_backward(h if ctx.needs_input_grad[1] else h.new_empty(0), weight)
-    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _differentiate_project(ctx: Any, dq: Tensor) -> tuple[Tensor | None, ...]:
@@ -284,12 +296,12 @@ def _project_backward(dq: Tensor, h: Tensor, weight: Tensor, needs: list[bool]) 
     with torch.autocast(dq.device.type, enabled=False):
         dh = (dq @ weight.to(dq.dtype)).contiguous() if needs[0] else none
         dweight = (rows.mT @ h.reshape(-1, h.shape[-1])).to(weight.dtype) if needs[1] else none
-        dbias = rows.sum(0, dtype=compute_dtype(dq.dtype)).to(weight.dtype) if needs[2] else none
+        dbias = rows.sum(0, dtype=compute_dtype(dq.dtype)) if needs[2] else none
     return dh, dweight, dbias
 
 
 @torch.library.register_fake("steermoe::project_backward", lib=_lib)
 def _(dq, h, weight, needs):  # type: ignore[no-untyped-def]
     shapes = ((*dq.shape[:-1], weight.shape[1]), weight.shape, weight.shape[:1])
-    dtypes = (dq.dtype, weight.dtype, weight.dtype)
+    dtypes = (dq.dtype, weight.dtype, compute_dtype(dq.dtype))
     return tuple(dq.new_empty(s if need else (0,), dtype=t) for s, t, need in zip(shapes, dtypes, needs, strict=True))

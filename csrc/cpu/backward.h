@@ -6,13 +6,17 @@
 //   dz = g (dg - sum_e g dg)          du = d + dz W
 //   dW = dz^T u     db = sum dz       dV = s g^T d
 //
-// u = y - s (g V) never leaves the first cache level: it is made where dW reads it. (dW = dz^T y - s (dz^T g) V would be cheaper, and wrong: where
-// the steering is large, the difference of two long sums has few digits left.)
+// u = y - s (g V) never leaves the first cache level: it is made where dW reads it. (dW = dz^T y - s (dz^T g) V would be cheaper. In
+// float32 it would be less exact as soon as the steering is larger than the stream: a difference of two long sums has few digits left
+// then.)
 //
 // Each shard sums its own dW, dV, ...; a second pass adds the shards up in order. How the frames are cut into shards depends on the problem
 // alone, so results repeat to the bit, whatever the number of threads.
 #pragma once
 
+#include <algorithm>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "operands.h"
@@ -133,8 +137,8 @@ class BackwardPass {
     }
   }
 
-  // dW += dz^T u. These loops read little from far away, so the next block's rows are fetched meanwhile; in a burst elsewhere, or once for
-  // all experts, that costs more than it brings.
+  // dW += dz^T u. These loops read little from far away, so the next block's rows are fetched meanwhile, again for every tile of experts:
+  // asked for once, lines are missed when the processor has too many requests under way.
   void add_to_dW(std::int64_t first, std::int64_t count, std::int64_t c) {
     std::int64_t r = 0;
     for (; r + V::kRows <= count; r += V::kRows) undo<V::kRows>(first + r, r, c);
@@ -215,8 +219,7 @@ class BackwardPass {
       const C* d = d_rows_[at + r] + c;
       S* out = du + r * D + c;
 #pragma GCC unroll 8
-      for (int k = 0; k < kRegisters; ++k)
-        store_up_to(V::load(d + k * kLanes) + dzW[k], out + k * kLanes, D - c - k * kLanes, whole);
+      for (int k = 0; k < kRegisters; ++k) store_up_to(V::load(d + k * kLanes) + dzW[k], out + k * kLanes, D - c - k * kLanes, whole);
     });
   }
 

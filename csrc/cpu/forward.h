@@ -172,7 +172,8 @@ void forward(const Forward& call, int threads) {
 #endif
   // Shards of a fraction of a thread's share even out a core that is busy with something else.
   const int shards = useful_shards(p, threads == 1 ? 1 : 4 * threads);
-  parallel(shards, threads, [&](int shard) { ForwardPass<C, S>(call, operands, bfloat16_W.get()).run(shard_of(p, shard, shards, Vector<C>::kRows)); });
+  parallel(shards, threads,
+           [&](int shard) { ForwardPass<C, S>(call, operands, bfloat16_W.get()).run(shard_of(p, shard, shards, Vector<C>::kRows)); });
 }
 
 }  // namespace steer::cpu::STEER_NAMESPACE

@@ -1,6 +1,7 @@
 // Operands made ready for the loops: parameters widened and padded to whole registers, aligned scratch, shares of the frames.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -148,10 +149,13 @@ inline Shard shard_of(const Problem& p, int index, int shards, std::int64_t bloc
   return {row(units * index / shards), row(units * (index + 1) / shards)};
 }
 
-// More shards than rows to keep a thread busy for some microseconds cost more than they bring.
+// As many shards as `wanted`, but none so small that handing it to a thread takes longer than computing it: some microseconds, which are
+// this many steps, of an expert each or of reading, adding and writing an element.
+constexpr std::int64_t kSmallestShard = 65536;
+
 inline int useful_shards(const Problem& p, int wanted) {
   const std::int64_t work = p.frames() * p.width * (p.experts + 4);
-  return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>({wanted, work / 65536, p.frames()})));
+  return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>({wanted, work / kSmallestShard, p.frames()})));
 }
 
 }  // namespace steer::cpu::STEER_NAMESPACE

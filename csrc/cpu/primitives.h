@@ -76,8 +76,8 @@ void dots(const C* const* rows, const C* M, std::int64_t experts, std::int64_t s
 
 #if defined(__AVX512BF16__)
 
-// The same on pairs of bfloat16 with the processor's own dot product: exact products, float32 sums, half the instructions. `rows` and M
-// are bfloat16; M lies in the same blocks of kColumns<float> columns, and rows are whole blocks.
+// The same on pairs of bfloat16 with the processor's own dot product: exact products and float32 sums (subnormal ones are zero), half the
+// instructions. `rows` and M are bfloat16; M lies in the same blocks of kColumns<float> columns, and rows are whole blocks.
 template <int R, int X>
 inline void dots_tile(const BFloat16* const* rows, const BFloat16* M, std::int64_t experts, std::int64_t stride, float* z) {
   constexpr int kPairs = 2 * Vector<float>::kLanes;

@@ -13,11 +13,11 @@ namespace steer::cpu::STEER_NAMESPACE {
 
 // x[i] = exp(x[i]) for x <= 0, without branches, so that the compiler makes whole registers of it. With x = n ln 2 + t, |t| <= ln 2 / 2:
 // exp(x) = 2^n exp(t), exp(t) by Taylor's polynomial of degree 7, whose remainder is below a tenth of a unit in the last place. What would
-// be subnormal is zero: multiplying by subnormal gates takes a hundred times as long.
+// be subnormal in float is zero: multiplying by subnormal gates takes a hundred times as long.
 inline void exponentials(float* x, std::int64_t count) {
-  constexpr float kSmallest = -87.3f;         // 2^-126 = exp(-87.34)
-  constexpr float kRounder = 0x1.8p23f;       // adding it rounds to an integer, which then are the low bits
-  constexpr float kLn2 = 0x1.62ep-1f;         // its 12 bits times n are exact
+  constexpr float kSmallest = -87.3f;          // 2^-126 = exp(-87.34)
+  constexpr float kRounder = 0x1.8p23f;        // adding it rounds to an integer, which then are the low bits
+  constexpr float kLn2 = 0x1.62ep-1f;          // its 12 bits times n are exact
   constexpr float kLn2Rest = 0x1.0bfbe8p-15f;  // ln 2 - kLn2
   for (std::int64_t i = 0; i < count; ++i) {
     const float v = x[i] < kSmallest ? kSmallest : x[i];  // NaN stays
@@ -70,7 +70,8 @@ inline void select_top_k(const C* z, std::int64_t experts, std::int64_t top_k, s
   });
 }
 
-// g = route(z) where experts are selected; `probs`, where not null, receives the full softmax. `order` (E) and `selected` (E) are scratch.
+// g = route(z) where experts are selected. `probs` receives the full softmax where the gates are not renormalised, and may be null where
+// they are; `order` (E) and `selected` (E) are scratch.
 template <typename C>
 inline void route_selected(const C* z, const Problem& problem, C* g, C* probs, std::int32_t* order, C* selected) {
   const std::int64_t experts = problem.experts, k = problem.top_k;
@@ -87,7 +88,7 @@ inline void route_selected(const C* z, const Problem& problem, C* g, C* probs, s
   }
 }
 
-// dz = g (dg - sum_e g dg), for gates that are not renormalised with the full softmax in g's place and no gradient off the selection.
+// dz = p (dg - sum_e p dg). p are the gates g; where these are not renormalised, the full softmax, with no gradient off the selection.
 // `dg` (E) is overwritten.
 template <typename C>
 inline void route_backward(const C* g, const C* probs, C* dg, std::int64_t experts, C* dz) {

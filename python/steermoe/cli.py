@@ -30,6 +30,9 @@ app.add_typer(data_app, name="data")
 
 _ERRORS = Console(stderr=True, highlight=False, soft_wrap=True)
 
+Specification = Annotated[
+    str, typer.Argument(help="a manifest, a folder or a data set, as in training; or, with options, '{path: corpus, split: dev}'")
+]
 Checkpoint = Annotated[Path, typer.Option("--checkpoint", "-c", help="a folder that training saved")]
 AudioModel = Annotated[str | None, typer.Option(help="where the audio encoder lies now, if not where the checkpoint says")]
 TextModel = Annotated[str | None, typer.Option(help="where the language model lies now, if not where the checkpoint says")]
@@ -93,7 +96,7 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    corpus: Annotated[str, typer.Argument(help="a manifest, a folder or a data set, as in training")],
+    corpus: Specification,
     checkpoint: Checkpoint,
     task: Annotated[str | None, typer.Option(help="transcription or question (default: as the rows tell)")] = None,
     prompt: Annotated[str | None, typer.Option(help="what the user turn says, for rows without a prompt of their own")] = None,
@@ -112,7 +115,7 @@ def evaluate(
     from .data import load
     from .evaluation import evaluate as run
 
-    rows = load(corpus)
+    rows = load(_specification(corpus))
     model, processor = _load(checkpoint, audio_model, text_model, device, dtype)
     result = run(
         model,
@@ -221,7 +224,7 @@ def inspect(
 
 @data_app.command()
 def check(
-    corpus: Annotated[str, typer.Argument(help="a manifest, a folder or a data set, as in training")],
+    corpus: Specification,
     sampling_rate: Annotated[int, typer.Option(min=1, help="Hz that recordings should have at least")] = 16000,
     max_seconds: Annotated[float, typer.Option(help="the encoder's longest input")] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
@@ -229,7 +232,7 @@ def check(
     """List what is wrong with a corpus: unreadable files, empty texts, rates, duplicates, durations. Exit status 1 for errors."""
     from .data.check import check as run
 
-    report = run(corpus, sampling_rate=sampling_rate, max_seconds=max_seconds, progress=True)
+    report = run(_specification(corpus), sampling_rate=sampling_rate, max_seconds=max_seconds, progress=True)
     _show(report.to_dict() if as_json else report)
     raise typer.Exit(report.exit_status)
 
@@ -251,6 +254,18 @@ def _load(checkpoint: Path, audio_model: str | None, text_model: str | None, dev
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     return model.eval(), SteerMoEProcessor.from_pretrained(checkpoint)
+
+
+def _specification(corpus: str) -> Any:
+    """A path, or what a configuration would say of a corpus: a mapping or a list in YAML's short form."""
+    if not corpus.startswith(("{", "[")) or Path(corpus).exists():
+        return corpus
+    import yaml
+
+    try:
+        return yaml.safe_load(corpus)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{corpus} is neither a path nor YAML: {error}") from None
 
 
 def _folder(checkpoint: Path) -> Path:

@@ -1,6 +1,7 @@
 """The backends: one module each, found by name, all with the same functions.
 
-A backend is a module (or package) in this folder. It defines
+A backend is a module (or package) in this folder; a module without ``steer_forward`` is none. Importing it must not need a library that may
+be missing: ``unavailable`` is the place to look for it. It defines
 
 ``unavailable() -> str | None``
     None if it can run on this machine, else the reason in one sentence. Must not compile, tune or initialise a driver.
@@ -11,15 +12,21 @@ A backend is a module (or package) in this folder. It defines
     knows which was measured to be faster.
 ``steer_forward(x, residual, weight, bias, vectors, scale, norm_weight, norm_bias, options) -> (y, normed, gates, probs, stats)``
     Equations of `steermoe_kernels.reference`. ``x`` and ``residual`` (B, T, D) are contiguous and of one dtype, never empty;
-    parameters are contiguous, of any floating dtype. The pool and the norm read ``y`` as it is stored, rounded: the backward has nothing
-    else, and must find the same maxima and deviations. ``gates`` (B, T, E), in the accumulation dtype (float32, float64 for a float64
-    stream). ``probs``: the full softmax (B, T, E) where ``options.keeps_probs``, else of size 0. ``normed`` (B, P, D) and ``stats``
-    (2, B, P), the mean (zero for RMSNorm) and the reciprocal deviation of each of the P = ceil(T / pool_size) normalised frames; both of
-    size 0 without a norm.
+    parameters are contiguous, each float32, float16, bfloat16 or float64. The pool and the norm read ``y`` as it is stored, rounded: the
+    backward has nothing else, and must find the same maxima and deviations. ``gates`` (B, T, E), in the accumulation dtype (float32,
+    float64 for a float64 stream), exactly zero for experts that were not selected. ``probs``: the full softmax (B, T, E) where
+    ``options.keeps_probs``, else of size 0. ``normed`` (B, P, D) and ``stats`` (2, B, P), the mean (zero for RMSNorm) and the reciprocal
+    deviation of each of the P = ceil(T / pool_size) normalised frames; both of size 0 without a norm, and there is no pool without one.
 ``steer_backward(dy, dnormed, dgates, y, gates, probs, stats, weight, vectors, scale, norm_weight, options, needs)``
-    ``-> (du, dweight, dbias, dvectors, dscale, dnorm_weight, dnorm_bias)``. Incoming gradients are contiguous or None, never all None.
-    ``needs`` holds seven booleans in the order of the results; a gradient that is not needed may be None. ``du`` has the stream's
-    dtype, the others the accumulation dtype.
+    ``-> (du, dweight, dbias, dvectors, dscale, dnorm_weight, dnorm_bias)``. Incoming gradients are contiguous or None, never all None;
+    ``dy`` and ``dnormed`` have the stream's dtype, ``dgates`` the accumulation dtype. ``needs`` lists seven booleans in the order of the
+    results; a gradient that is not needed may be None, or there all the same. ``du`` has the stream's dtype, the others the accumulation
+    dtype.
+
+Results are tensors of their own: none shares memory with another or with an argument, not even two of size 0. Accumulate in the
+accumulation dtype, with autocast off (it reaches into backends that call torch). The tests hold every result to twice the error of the same
+formula in plain PyTorch; the gradients of parameters are sums over all frames, in which one chain of float32 additions is too much.
+`backends/reference.py` is all of this in plain PyTorch, to start from.
 """
 
 from __future__ import annotations
@@ -64,18 +71,35 @@ class Options:
 
 
 @cache
-def _names() -> tuple[str, ...]:
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+def _modules() -> dict[str, ModuleType | ImportError]:
+    """Every backend by name; of one that cannot be imported, the error."""
+    found: dict[str, ModuleType | ImportError] = {}
+    for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+        try:
+            module = importlib.import_module(f"{__name__}.{name}")
+        except ImportError as error:
+            found[name] = error
+        else:
+            if hasattr(module, "steer_forward"):
+                found[name] = module
+    return found
 
 
-@cache
+def _unavailable(name: str) -> str | None:
+    module = _modules()[name]
+    return f"it cannot be imported: {module}" if isinstance(module, ImportError) else module.unavailable()
+
+
 def _load(name: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{name}")
+    module = _modules()[name]
+    if isinstance(module, ImportError):
+        raise module
+    return module
 
 
 def backend_states() -> dict[str, str | None]:
     """Every backend's name, with None if it can run on this machine and else the reason why not."""
-    return {name: _load(name).unavailable() for name in _names()}
+    return {name: _unavailable(name) for name in _modules()}
 
 
 def available_backends() -> list[str]:
@@ -85,12 +109,11 @@ def available_backends() -> list[str]:
 
 def get_backend(name: str) -> ModuleType:
     """The backend called ``name``. ValueError if there is none of that name, RuntimeError if it cannot run on this machine."""
-    if name not in _names():
-        raise ValueError(f"unknown backend {name!r}: choose one of auto, {', '.join(_names())}")
-    backend = _load(name)
-    if (reason := backend.unavailable()) is not None:
+    if name not in _modules():
+        raise ValueError(f"unknown backend {name!r}: choose one of auto, {', '.join(_modules())}")
+    if (reason := _unavailable(name)) is not None:
         raise RuntimeError(f"backend {name!r} is unavailable: {reason}")
-    return backend
+    return _load(name)
 
 
 def select_backend(name: str, device: torch.device, dtype: torch.dtype, shape: choice.Shape | None = None) -> ModuleType:
@@ -100,8 +123,8 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, shape: c
     measured to be the fastest for the ``shape``, where there is such a measurement. Raises as `get_backend`, and RuntimeError if the
     backend that was asked for does not take this device or dtype.
     """
-    if name == "auto":
-        name = os.environ.get("STEERMOE_BACKEND") or "auto"
+    if name == "auto" and (name := os.environ.get("STEERMOE_BACKEND") or "auto") not in ("auto", *_modules()):
+        raise ValueError(f"STEERMOE_BACKEND={name} names no backend: choose one of auto, {', '.join(_modules())}")
     if name != "auto":
         backend = get_backend(name)
         if (reason := backend.rejects(device, dtype)) is not None:
@@ -112,10 +135,10 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, shape: c
 
 @cache
 def _auto(device: torch.device, dtype: torch.dtype, measured: str | None) -> ModuleType:
-    def runs(backend: ModuleType) -> bool:
-        return backend.unavailable() is None and backend.rejects(device, dtype) is None
+    def runs(name: str) -> bool:
+        return _unavailable(name) is None and _load(name).rejects(device, dtype) is None
 
-    if measured is not None and runs(_load(measured)):
+    if measured is not None and runs(measured):
         return _load(measured)
-    usable = [backend for backend in map(_load, _names()) if device.type in backend.AUTO_DEVICES and runs(backend)]
+    usable = [_load(name) for name in _modules() if runs(name) and device.type in _load(name).AUTO_DEVICES]
     return max(usable, key=lambda backend: backend.PRIORITY, default=_load("reference"))

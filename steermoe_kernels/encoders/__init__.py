@@ -6,10 +6,13 @@ Kinds of encoder are modules in this folder, one each, found by what they define
     Of the modules that take an encoder, the one with the highest priority steers it. ``takes`` must not import the encoder's library: an
     encoder of it can only exist where it is imported already.
 ``layers(encoder) -> list[nn.Module]``
-    The layers after which the stream is steered, in order. ValueError if they cannot be told.
+    The layers after which the stream is steered, in order. ValueError if they cannot be told. Changes nothing: `describe_encoder` asks,
+    too.
 ``steer(encoder, aligner, pool, pool_size) -> None``
     Everything has been checked, and ``aligner`` is ``encoder.steering`` already. Exchanges the classes of modules for `stream.Steered`
-    ones (`class_swap.swap`) or registers hooks of classes defined in this folder; `unsteer_encoder` undoes both without being told.
+    ones (`class_swap.swap`) or registers hooks of classes defined in this folder; `unsteer_encoder` undoes both without being told, and
+    so does `steer_encoder` if this raises. `layered.SteerAfter` is the hook that most kinds want, one on every layer, the last of which
+    pools; where a layer may be left out in training, pooling has to be refused then (`layered.NeedsEveryLayer`).
 """
 
 from __future__ import annotations
@@ -56,8 +59,7 @@ def steer_encoder(encoder: nn.Module, aligner: FusedSteerMoE, *, pool: str | Non
     encoder without layers to steer, an aligner with another width or number of layers or on another device; RuntimeError for an encoder
     that is steered already, as a whole or in part.
     """
-    if not isinstance(encoder, nn.Module):
-        raise TypeError(f"encoder must be a torch.nn module, got {type(encoder).__name__}")
+    _check_module(encoder)
     if not isinstance(aligner, FusedSteerMoE):
         raise TypeError(f"aligner must be a FusedSteerMoE, got {type(aligner).__name__}")
     check_pool(pool, pool_size)
@@ -71,7 +73,11 @@ def steer_encoder(encoder: nn.Module, aligner: FusedSteerMoE, *, pool: str | Non
         raise ValueError(f"{type(encoder).__name__} has no layers to steer")
     _check_fits(encoder, layers, aligner)
     encoder.add_module("steering", aligner)
-    kind.steer(encoder, aligner, pool, pool_size)
+    try:
+        kind.steer(encoder, aligner, pool, pool_size)
+    except BaseException:
+        _undo(encoder)
+        raise
     return encoder
 
 
@@ -80,16 +86,26 @@ def unsteer_encoder(encoder: nn.Module) -> nn.Module:
 
     RuntimeError if this encoder is not steered.
     """
-    traces = list(_traces(encoder)) if isinstance(encoder, nn.Module) else []
-    if not traces or not isinstance(encoder._modules.get("steering"), FusedSteerMoE):
+    if not isinstance(encoder, nn.Module) or not any(True for _ in _traces(encoder)) or not _holds_the_aligner(encoder):
         raise RuntimeError(f"{type(encoder).__name__} is not steered")
-    for module, hooks, key in traces:
+    _undo(encoder)
+    return encoder
+
+
+def _holds_the_aligner(encoder: nn.Module) -> bool:
+    """Whether this is the module that was steered, not one that contains it or lies in it; also where somebody has deleted the aligner."""
+    if "steering" in encoder._modules:
+        return isinstance(encoder._modules["steering"], FusedSteerMoE)
+    return not any(isinstance(part._modules.get("steering"), FusedSteerMoE) for part in encoder.modules())
+
+
+def _undo(encoder: nn.Module) -> None:
+    for module, hooks, key in list(_traces(encoder)):
         if hooks is None:
             unswap(module)
         else:
             del hooks[key]
-    del encoder.steering
-    return encoder
+    encoder._modules.pop("steering", None)
 
 
 def describe_encoder(encoder: nn.Module) -> EncoderShape:
@@ -97,8 +113,7 @@ def describe_encoder(encoder: nn.Module) -> EncoderShape:
 
     TypeError for anything but a module; ValueError where the layers or their width cannot be told.
     """
-    if not isinstance(encoder, nn.Module):
-        raise TypeError(f"encoder must be a torch.nn module, got {type(encoder).__name__}")
+    _check_module(encoder)
     layers = _kind(encoder).layers(encoder)
     if not layers:
         raise ValueError(f"{type(encoder).__name__} has no layers to steer")
@@ -110,6 +125,17 @@ def describe_encoder(encoder: nn.Module) -> EncoderShape:
     first = next((p for p in layers[0].parameters() if p.is_floating_point()), torch.empty(0))
     dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
     return EncoderShape(width, len(layers), first.device, dtype)
+
+
+def _check_module(encoder: nn.Module) -> None:
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"encoder must be a torch.nn module, got {type(encoder).__name__}")
+    for wrapper, inside in _WRAPPERS.items():
+        if type(encoder).__name__ == wrapper and hasattr(encoder, inside):
+            raise ValueError(f"{wrapper} wraps an encoder: pass what it wraps, its .{inside}, and wrap that again once it is steered")
+
+
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 
 
 def _check_fits(encoder: nn.Module, layers: list[nn.Module], aligner: FusedSteerMoE) -> None:

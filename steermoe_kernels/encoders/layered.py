@@ -93,14 +93,18 @@ def _find_layers(encoder: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     """The module that holds the list of layers, and the layers."""
     lists = {name: (owner, list(members)) for name, owner, members in _outermost_lists(encoder) if len(members)}
     if not lists:
-        raise ValueError(f"{type(encoder).__name__} has no layers to steer: it holds no nn.ModuleList with members")
+        raise ValueError(
+            f"{type(encoder).__name__} has no layers to steer: it holds no nn.ModuleList with members (pass the module whose "
+            "forward runs them)"
+        )
     chosen = lists
     if len(lists) > 1:
         chosen = {name: (owner, members) for name, (owner, members) in lists.items() if _are_layers(encoder, members)}
     if len(chosen) != 1:
         raise ValueError(
             f"it is not clear which layers of {type(encoder).__name__} to steer: it holds the lists {', '.join(chosen or lists)}; "
-            "pass the part of it that holds the right one"
+            "pass the part of it that holds the right one; where the stream runs through several, they take a module of their own in "
+            "steermoe_kernels/encoders"
         )
     owner, members = next(iter(chosen.values()))
     if len(set(map(id, members))) != len(members):

@@ -54,7 +54,7 @@ def test_the_reference_is_always_there() -> None:
 
 
 def test_every_backend_keeps_the_contract() -> None:
-    for name in backends._names():
+    for name in backends._modules():
         module = backends._load(name)
         assert isinstance(module.AUTO_DEVICES, frozenset), name
         assert isinstance(module.PRIORITY, int), name
@@ -120,7 +120,7 @@ def test_an_environment_that_leaves_it_open(value: str, monkeypatch: pytest.Monk
 
 def test_an_unknown_name_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEERMOE_BACKEND", "tpu")
-    with pytest.raises(ValueError, match=r"unknown backend 'tpu': choose one of auto, .*reference"):
+    with pytest.raises(ValueError, match=r"STEERMOE_BACKEND=tpu names no backend: choose one of auto, .*reference"):
         _run()
 
 

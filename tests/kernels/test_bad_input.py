@@ -88,6 +88,11 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("pool_size of zero", {"pool": "max", "pool_size": 0}, ValueError, r"pool_size must be at least 1, got 0"),
     ("negative pool_size", {"pool": "mean", "pool_size": -2}, ValueError, r"pool_size must be at least 1, got -2"),
     ("fractional pool_size", {"pool": "mean", "pool_size": 2.0}, TypeError, r"pool_size must be an integer, got 2.0"),
+    ("endless pool_size", {"pool": "mean", "pool_size": 2**70}, ValueError, r"pool_size must be at most 2147483647, got"),
+    ("a word for renormalize", {"renormalize": "no"}, TypeError, r"renormalize must be True or False, got 'no'"),
+    ("a word for the scale", {"scale": "x"}, TypeError, r"scale must be a tensor of one element or a number, got 'x'"),
+    ("no scale", {"scale": None}, TypeError, r"scale must be a tensor of one element or a number, got None"),
+    ("eight bits of weight", {"weight": _zeros(EXPERTS, WIDTH).to(torch.float8_e4m3fn)}, TypeError, r"weight .*got float8_e4m3fn"),
     ("unknown backend", {"backend": "tpu"}, ValueError, r"unknown backend 'tpu': choose one of auto, .*reference"),
     *[("a backend that cannot run here", {"backend": name}, RuntimeError, f"backend '{name}' is unavailable: ") for name in UNAVAILABLE],
 ]
@@ -131,6 +136,9 @@ def _expect(good: dict[str, Any], call: Any, error: type[Exception], message: st
     "arguments, error, message",
     [
         ({"feature_dim": 0}, ValueError, "feature_dim must be at least 1, got 0"),
+        ({"feature_dim": 8.0}, TypeError, r"feature_dim must be an integer, got 8\.0"),
+        ({"num_layers": "8"}, TypeError, "num_layers must be an integer, got '8'"),
+        ({"renormalize": 1}, TypeError, "renormalize must be True or False, got 1"),
         ({"num_experts": 0}, ValueError, "num_experts must be at least 1, got 0"),
         ({"num_layers": -1}, ValueError, "num_layers must be at least 1, got -1"),
         ({"output_dim": 0}, ValueError, "output_dim must be at least 1, got 0"),
@@ -158,6 +166,14 @@ def _calls(device: torch.device) -> dict[str, tuple[Any, type[Exception], str]]:
         "width": (lambda a: a(h[..., :5]), ValueError, r"h must have .*width \(6\).*\(2, 5, 5\)"),
         "width in steer_norm": (lambda a: a.steer_norm(h[..., :5], 0, norm), ValueError, r"x must have .*width \(6\).*\(2, 5, 5\)"),
         "width in project": (lambda a: a.project(h[..., :5]), ValueError, r"width 6, got \(2, 5, 5\)"),
+        "projection's bias": (lambda a: SF.project(h, _zeros(4, 6), _zeros(1)), ValueError, r"projection's bias must have shape \(4,\)"),
+        "integer projection": (lambda a: SF.project(h, _zeros(4, 6).long(), None), TypeError, "projection's weight must be .*got int64"),
+        "norm without an eps": (lambda a: a.steer_norm(h, 0, nn.Linear(6, 6)), TypeError, "norm must be a LayerNorm .*got Linear"),
+        "no such layer with parameters": (
+            lambda a: a.steer_norm(h, 2, norm, parameters=a.layer(0)),
+            IndexError,
+            r"layer must be .* got 2",
+        ),
         "integers": (lambda a: a(h.long()), TypeError, r"h must be float32.*got int64"),
         "integers in project": (lambda a: a.project(h.long()), TypeError, r"h must be float32.*got int64"),
         "norm of another width": (
@@ -168,7 +184,7 @@ def _calls(device: torch.device) -> dict[str, tuple[Any, type[Exception], str]]:
         "unknown pool": (lambda a: a.steer_norm(h, 0, norm, pool="min"), ValueError, r"pool must be .* got 'min'"),
         "pool_size": (lambda a: a.steer_norm(h, 0, norm, pool="max", pool_size=0), ValueError, r"pool_size must be .* got 0"),
         "another device": (lambda a: a(h.to("meta")), ValueError, r"weight must be on the stream's device meta, got"),
-        "another device in project": (lambda a: a.project(h.to("meta")), ValueError, r"weight must be on the frames' device meta, got"),
+        "another device in project": (lambda a: a.project(h.to("meta")), ValueError, r"weight must be on the stream's device meta, got"),
     }
 
 

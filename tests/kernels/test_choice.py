@@ -21,7 +21,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine on which every backend runs, with a GPU of capability 9.0."""
     monkeypatch.delenv("STEERMOE_BACKEND", raising=False)
     monkeypatch.setattr(choice, "_capability", lambda device: (9, 0))
-    for name in backends._names():
+    for name in backends._modules():
         monkeypatch.setattr(backends._load(name), "unavailable", lambda: None)
         monkeypatch.setattr(backends._load(name), "rejects", lambda device, dtype: None)
     backends._auto.cache_clear()
@@ -36,7 +36,7 @@ def _chosen(dtype: torch.dtype = torch.bfloat16, device: torch.device = GPU, sha
 def test_every_line_names_a_backend_and_its_evidence() -> None:
     results = Path(__file__).parents[2] / "benchmarks" / "results"
     for line in choice.FASTEST:
-        assert line.backend in backends._names(), line
+        assert line.backend in backends._modules(), line
         assert (results / line.results).is_file(), line
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from steermoe_kernels import FusedSteerMoE, reference, steer_encoder, unsteer_encoder
+from steermoe_kernels import FusedSteerMoE, encoders, reference, steer_encoder, unsteer_encoder
+from steermoe_kernels.encoders import describe_encoder
 from steermoe_kernels.encoders.stream import Steered
 
 BINS, POSITIONS, WIDTH, LAYERS = 6, 10, 12, 3
@@ -122,6 +123,38 @@ def test_steering_twice(encoder: nn.Module, x: Tensor) -> None:
     with pytest.raises(RuntimeError, match="is steered already: call unsteer_encoder"):
         steer_encoder(encoder, aligner_for(encoder))
     assert snapshot(encoder) == before and torch.equal(run(encoder, x), y)
+
+
+def test_steering_that_fails_half_way_changes_nothing(encoder: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, y = snapshot(encoder), run(encoder, x)
+    aligner, kind = aligner_for(encoder), encoders._kind(encoder)
+    steer = kind.steer
+
+    def fails(*arguments: Any) -> None:
+        steer(*arguments)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(kind, "steer", fails)
+    with pytest.raises(MemoryError):
+        steer_encoder(encoder, aligner)
+    assert snapshot(encoder) == before and torch.equal(run(encoder, x), y)
+    monkeypatch.undo()
+    unsteer_encoder(steer_encoder(encoder, aligner))
+
+
+def test_an_aligner_that_was_deleted_can_still_be_unsteered(encoder: nn.Module, x: Tensor) -> None:
+    before, y = snapshot(encoder), run(encoder, x)
+    steer_encoder(encoder, aligner_for(encoder))
+    del encoder.steering
+    unsteer_encoder(encoder)
+    assert snapshot(encoder) == before and torch.equal(run(encoder, x), y)
+
+
+def test_a_wrapped_encoder_names_what_it_wraps(encoder: nn.Module) -> None:
+    for wrapped, inside in ((torch.compile(encoder), r"\._orig_mod"), (nn.DataParallel(encoder), r"\.module")):
+        for function in (describe_encoder, lambda module: steer_encoder(module, aligner_for(encoder))):
+            with pytest.raises(ValueError, match=f"wraps an encoder: pass what it wraps, its {inside}"):
+                function(wrapped)
 
 
 def test_steering_around_a_steered_encoder(encoder: nn.Module) -> None:

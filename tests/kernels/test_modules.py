@@ -177,6 +177,21 @@ def test_steer_norm_takes_the_norm_that_reads_next(backend: str, device: torch.d
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("eps", [1e-3, None])
+def test_steer_norm_takes_an_rms_norm(backend: str, device: torch.device, eps: float | None) -> None:
+    aligner, x = _aligner(backend, device), _frames(device)
+    norm = nn.RMSNorm(WIDTH, eps=eps, device=device)
+    nn.init.normal_(norm.weight)
+    y, normed = aligner.steer_norm(x, 1, norm)
+    torch.testing.assert_close(normed, norm(y))
+
+    class T5RMSNorm(nn.Module):  # the names that transformers' own use
+        weight, variance_epsilon = norm.weight, 1e-3 if eps is None else eps
+
+    expected = nn.functional.rms_norm(y, (WIDTH,), norm.weight, T5RMSNorm.variance_epsilon)
+    torch.testing.assert_close(aligner.steer_norm(x, 1, T5RMSNorm())[1], expected)
+
+
 # --- project ----------------------------------------------------------------------------------------------------------------------------
 
 

@@ -155,6 +155,10 @@ def test_data_check_lists_what_is_wrong(tmp_path: Path) -> None:
     run = steermoe("data", "check", tmp_path / "m.jsonl")
     assert run.returncode == 1
     assert "gone.wav" in run.stdout and "3" in run.stdout
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "m.jsonl").rename(tmp_path / "elsewhere" / "m.jsonl")
+    run = steermoe("data", "check", f"{{path: {tmp_path / 'elsewhere' / 'm.jsonl'}, audio_dir: {tmp_path}, first: 1}}", "--json")
+    assert json.loads(run.stdout)["rows"] == 3, run.stderr
 
 
 @pytest.mark.parametrize(
@@ -166,6 +170,8 @@ def test_data_check_lists_what_is_wrong(tmp_path: Path) -> None:
         (("transcribe", "a.wav"), 2, "--checkpoint"),
         (("inspect", "nowhere"), 1, "no checkpoint of an aligner"),
         (("data", "check", "nowhere"), 1, "nowhere"),
+        (("data", "check", "{path: nowhere, kind: librispeech}"), 1, "there is nothing at nowhere"),
+        (("data", "check", "{path: nowhere"), 1, "neither a path nor YAML"),
         (("frobnicate",), 2, "frobnicate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,

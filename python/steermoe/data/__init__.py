@@ -19,7 +19,8 @@ Any other field is kept in ``Example.extra``. Kinds of corpus are modules in thi
 ``PRIORITY: int`` and ``takes(path) -> bool``
     Of the modules that take a path, the one with the highest priority reads it. ``takes`` looks at names, not into audio.
 ``read(path, **options) -> Corpus``
-    The rows in a fixed order, bad ones in ``problems``. Its keyword arguments, with defaults, are the options of this kind.
+    The rows in a fixed order, bad ones in ``problems``. Its keyword arguments, with defaults, are the options of this kind. The path is
+    there, except where the module defines ``REMOTE = True``: then it may name something on a hub.
 
 The module's name is the ``kind`` that a specification may give.
 """
@@ -101,17 +102,28 @@ def _load_one(spec: dict[str, Any], allow_empty: bool) -> Corpus:
     if "path" not in spec:
         raise ValueError(f"a corpus needs 'path', got only {', '.join(map(repr, spec)) or 'an empty mapping'}")
     path, kind, prompt, first = spec.pop("path"), spec.pop("kind", None), spec.pop("prompt", None), spec.pop("first", None)
-    if first is not None and (not isinstance(first, int) or first < 1):
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"a corpus's path must be a string, got {path!r}")
+    if first is not None and (isinstance(first, bool) or not isinstance(first, int) or first < 1):
         raise ValueError(f"first must be a positive number of rows, got {first!r}")
     module = _named(kind) if kind is not None else _told(Path(path))
+    if not getattr(module, "REMOTE", False):
+        _check_exists(Path(path))
     _check_options(module, spec)
     corpus: Corpus = module.read(path, **spec)
     if not len(corpus) and not allow_empty:
         listed = "".join(f"\n  {problem}" for problem in corpus.problems[:5])
+        if not listed:
+            raise ValueError(f"{path} has no rows; looked for {module.LOOKED_FOR}")
         raise ValueError(f"{path} has no usable row: {len(corpus.problems)} bad ones{listed}")
     if prompt is not None:
         corpus = Corpus(WithPrompt(corpus, prompt), corpus.problems, corpus.name)
     return corpus if first is None else corpus[:first]
+
+
+def _check_exists(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"there is nothing at {path}")
 
 
 def _named(kind: str) -> ModuleType:
@@ -121,8 +133,7 @@ def _named(kind: str) -> ModuleType:
 
 
 def _told(path: Path) -> ModuleType:
-    if not path.exists():
-        raise FileNotFoundError(f"there is nothing at {path}")
+    _check_exists(path)
     module = next((module for module in _kinds().values() if module.takes(path)), None)
     if module is None:
         looked_for = "".join(f"\n  {name}: {module.LOOKED_FOR}" for name, module in sorted(_kinds().items()))

@@ -15,6 +15,7 @@ from .audio import HeldAudio
 from .corpus import Corpus, Example, Problem
 
 PRIORITY = 30
+REMOTE = True
 LOOKED_FOR = "a folder that datasets' save_to_disk wrote (dataset_info.json or dataset_dict.json)"
 
 _TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription")

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import steermoe_kernels
+from steermoe_kernels.backends import get_backend
 
 from ..backbones import encoder_path, language_model_path
 from ..data import Collator, load
@@ -259,7 +260,9 @@ def _time_backends(model: Any, processor: Any, training: Path) -> dict[str, floa
     """Median seconds of a training step's forward and backward with each backend that runs here, taking turns."""
     rows = load(str(training))
     batch = Collator(processor, prompt=PROMPT)([rows[index] for index in range(BATCH)])
-    names = [name for name in steermoe_kernels.available_backends() if name in ("reference", "cpu")]
+    device = model.aligner.steering_vectors.device
+    backends = {name: get_backend(name) for name in steermoe_kernels.available_backends()}
+    names = [name for name, backend in backends.items() if name == "reference" or device.type in backend.AUTO_DEVICES]
     spent: dict[str, list[float]] = {name: [] for name in names}
     before = model.aligner.backend
     for _ in range(6):
