@@ -12,7 +12,7 @@ reading. The products' operands, split in two for their precision, then fill the
 fewer beyond 64 experts, where 16 frames have to do.
 
 In the backward, dW and dV of a program stay in registers from its first tile to its last where they fit, which is 8 experts up to 1,280
-columns, or 896 in float32, and 16 up to half of that. Beyond, a second kernel reads dy, dn and y once more.
+columns (1,152 in float16, 896 in float32), and 16 up to half of that. Beyond, a second kernel reads dy, dn and y once more.
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ def choose_column_blocks(width: int) -> Blocks:
 
 
 def sums_fit_in_registers(blocks: Blocks, dtype: torch.dtype) -> bool:
-    """Whether a program can hold its share of dW and dV, 2 * E * D float32: 80 a thread, or 56 next to tiles that are float32, too."""
-    return 2 * blocks.experts * blocks.padded_width <= (56 if dtype == torch.float32 else 80) * 32 * blocks.num_warps
+    """Whether a program can hold its share of dW and dV, 2 * E * D float32. So many a thread is what spills nowhere."""
+    most = {torch.float16: 72, torch.float32: 56}.get(dtype, 80)
+    return 2 * blocks.experts * blocks.padded_width <= most * 32 * blocks.num_warps
 
 
 def _row_blocks(width: int, num_experts: int, dtype: torch.dtype, num_warps: int, stages: int, most_frames: int) -> Blocks:
