@@ -41,7 +41,7 @@ def check_compiler() -> None:
     if shutil.which(compiler.split()[0]) is None and shutil.which("g++") is None and shutil.which("clang++") is None:
         sys.exit(
             f"error: no C++ compiler found ({compiler}): install g++ 9 or newer (Debian, Ubuntu: apt install g++), "
-            "or set STEERMOE_CPU=0 for a pure-Python install with the slower 'reference' backend"
+            "or set STEERMOE_CPU=0 for a pure-Python install with the backends 'reference' and, on GPUs, 'triton'"
         )
 
 
