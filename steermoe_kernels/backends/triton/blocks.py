@@ -1,7 +1,8 @@
 """Tile sizes: a plain table over width, number of experts and dtype.
 
 Nothing here looks at the number of frames, so that a kernel is compiled once per model and not once per batch, and nothing asks a driver.
-Nothing spills, which `tests/kernels/test_triton_static.py` holds to; these are the bounds that follow.
+Up to 64 experts nothing spills, which `tests/kernels/test_triton_static.py` holds to; these are the bounds that follow. Beyond, registers
+do spill: right, but slow.
 
 Up to 16 experts, a program takes 16 frames, the tensor cores' smallest tile: then the rows of all programs at work stay in the second-level
 cache between the walks over the width. Its warps share a step's columns, 128 of a 16-bit stream, so that a row's piece is two whole cache
