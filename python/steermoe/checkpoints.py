@@ -7,16 +7,30 @@ checkpoints that were there are untouched; whatever happens to a file afterwards
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["CheckpointError", "checkpoints_in", "newest_sound", "remove_old", "remove_unfinished", "seal", "staging_folder", "verify"]
+__all__ = [
+    "CheckpointError",
+    "checkpoints_in",
+    "locked",
+    "newest_sound",
+    "remove_old",
+    "remove_unfinished",
+    "seal",
+    "staging_folder",
+    "step_of",
+    "verify",
+]
 
-SEAL = "checkpoint.json"
+SEAL, LOCK = "checkpoint.json", ".lock"
 UNFINISHED, REPLACED = "unfinished-", "replaced-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -102,15 +116,33 @@ def newest_sound(run: str | os.PathLike[str]) -> tuple[Path | None, list[Checkpo
     return None, problems
 
 
-def remove_old(run: Path, limit: int | None, best_step: int | None) -> None:
-    """Keep the newest ``limit`` checkpoints (None: all) and that of ``best_step``, and remove the others."""
+def remove_old(run: Path, limit: int | None, keep: Collection[int | None]) -> None:
+    """Keep the newest ``limit`` checkpoints (None: all) and those of the steps in ``keep``, and remove the others."""
     found = checkpoints_in(run)
     for checkpoint in found[: max(0, len(found) - limit)] if limit is not None else []:
-        if step_of(checkpoint) != best_step:
+        if step_of(checkpoint) not in keep:
             # Renamed first: a removal that is cut short must not leave something that looks like a checkpoint.
             doomed = checkpoint.with_name(REPLACED + checkpoint.name)
             os.rename(checkpoint, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run's folder for one process; the lock goes with the process, however it ends. FileExistsError if another one has it."""
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / LOCK
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another run is writing to {run}: wait for it, or choose another training.output_dir") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def remove_unfinished(run: Path) -> None:

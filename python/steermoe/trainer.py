@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from .error_rates import UNSPACED_LANGUAGES, language_code, word_errors
 from .evaluation import Evaluation, evaluate, exact_match
 from .router_losses import load_balancing_loss, record_router_logits, router_z_loss, valid_logits
 from .statistics import RouterCounts, append_statistics, drop_statistics_after
-from .training_callbacks import EarlyStopping, Interruption, ProgressBar
+from .training_callbacks import DeafToSignals, EarlyStopping, Interruption, ProgressBar
 from .training_config import TrainingConfig
 
 __all__ = ["GROUPS", "AlignerTrainer", "parameter_groups"]
@@ -40,6 +41,7 @@ WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "training_config.yaml"
 STATISTICS_NAME = "router_statistics.jsonl"
 LOSS_STATE_NAME = "loss_state"
+ROWS_NAME = "training_rows.json"
 # The last part of the names of the aligner's parameters, by group.
 GROUPS = {
     "steering": ("steering_vectors", "layer_scales"),
@@ -59,6 +61,14 @@ def freeze_unlearning(aligner: nn.Module, config: TrainingConfig) -> None:
     for group, parameters in parameter_groups(aligner).items():
         for parameter in parameters.values():
             parameter.requires_grad_(getattr(config.training, f"{group}_learning_rate") > 0)
+
+
+def describe_rows(corpus: Corpus) -> dict[str, Any]:
+    """What a run learns from, to be recognised by: the number of its rows, and a SHA-256 over what they say and which sections they are."""
+    digest = hashlib.sha256()
+    for row in corpus:
+        digest.update(repr((row.text, row.prompt, row.offset, row.duration, tuple(row.answers))).encode("utf-8", "surrogatepass"))
+    return {"rows": len(corpus), "sha256": digest.hexdigest()}
 
 
 class AlignerTrainer(Trainer):
@@ -82,6 +92,7 @@ class AlignerTrainer(Trainer):
         self.config = config
         self.processor = processor
         self.train_corpus = train_corpus
+        self.rows = describe_rows(train_corpus)
         self.eval_corpus = eval_corpus
         self.metric, self.greater_is_better = score_of(config, eval_corpus)
         self.last_evaluation: Evaluation | None = None
@@ -108,8 +119,10 @@ class AlignerTrainer(Trainer):
         self.progress_bar = ProgressBar(self.metric)
         if config.training.progress:
             self.add_callback(self.progress_bar)
-        if config.training.early_stopping_patience is not None:
-            self.add_callback(EarlyStopping(self.metric, config.training.early_stopping_patience, self.greater_is_better))
+        patience = config.training.early_stopping_patience
+        self.early_stopping = None if patience is None else EarlyStopping(self.metric, patience, self.greater_is_better)
+        if self.early_stopping is not None:
+            self.add_callback(self.early_stopping)
         self.add_callback(_EpochOrder(self))
 
     @property
@@ -133,6 +146,12 @@ class AlignerTrainer(Trainer):
         rows = self.args.per_device_train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         self.sampler = LengthBucketSampler(self.train_corpus.durations(), rows, seed=self.config.training.seed)
         return self.sampler
+
+    def get_train_dataloader(self) -> Any:
+        """transformers' own, with workers that leave signals to this process."""
+        loader: Any = super().get_train_dataloader()
+        loader.worker_init_fn = DeafToSignals(loader.worker_init_fn)
+        return loader
 
     # Optimizer
 
@@ -276,6 +295,17 @@ class AlignerTrainer(Trainer):
             self._determine_best_metric(metrics, trial)
         return metrics
 
+    def is_finished(self, checkpoint: Path) -> bool:
+        """Whether the run that made ``checkpoint`` ended with it: all steps done, or stopped early."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        over = self.early_stopping is not None and self.early_stopping.is_over(state)
+        return over or state.global_step >= state.max_steps
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take over a checkpoint's weights and log without training on."""
+        self.load_weights(checkpoint)
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
     def owes_evaluation(self, checkpoint: Path) -> bool:
         """Whether a run that goes on from ``checkpoint`` has to score it first: it was stopped between a step and its evaluation."""
         if self.eval_corpus is None:
@@ -351,7 +381,7 @@ class AlignerTrainer(Trainer):
             return
         self.last_save_error = None
         if self.args.should_save:
-            remove_old(self.run, self.args.save_total_limit, self.state.best_global_step)
+            remove_old(self.run, self.args.save_total_limit, (self.state.best_global_step, self.state.global_step))
 
     def _write_checkpoint(self, folder: Path) -> None:
         broken = [name for name, parameter in self._bare.trained_parameters().items() if not bool(_whole(parameter).isfinite().all())]
@@ -362,6 +392,7 @@ class AlignerTrainer(Trainer):
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
         if self.args.should_save:
+            (folder / ROWS_NAME).write_text(json.dumps(self.rows), encoding="utf-8")
             stateful: Any = self.state.stateful_callbacks
             for callback in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(callback, ExportableState):
@@ -374,7 +405,6 @@ class AlignerTrainer(Trainer):
         self.last_save_error.__cause__ = error
         if self.args.should_save:
             logger.error("%s", self.last_save_error)
-            print(f"error: {self.last_save_error}", file=sys.stderr)
 
     def _previous(self) -> str:
         """What is safe, for messages about what is not."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,14 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import TrainerCallback
 
-from .checkpoints import CheckpointError, checkpoints_in, newest_sound, remove_unfinished, verify
+from .checkpoint_folder import read
+from .checkpoints import CheckpointError, checkpoints_in, locked, newest_sound, remove_unfinished, step_of, verify
 from .data import BadRowLog, Collator, Corpus, Problem, load
 from .error_rates import word_errors
 from .evaluation import Evaluation
 from .model import SteerMoEForConditionalGeneration
 from .processor import SteerMoEProcessor
-from .trainer import CONFIG_NAME, LOSS_STATE_NAME, AlignerTrainer, runs_on_cpu
+from .trainer import CONFIG_NAME, LOSS_STATE_NAME, ROWS_NAME, AlignerTrainer, runs_on_cpu
 from .training_config import ModelConfig, TrainingConfig, load_config
 
 __all__ = ["TrainingResult", "build", "train"]
@@ -93,26 +97,38 @@ def train(
     ``training.output_dir``. ``callbacks`` are transformers'. ``model`` and ``processor``, both or neither, are used in place of those that
     ``config.model`` describes. Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint.
 
-    FileExistsError for an output_dir that holds a run's checkpoints already, without ``resume``; CheckpointError for a checkpoint that is
-    damaged (named), made under other settings, or could not be written in the end; ValueError and TooManyBadRows as in `data.load`.
+    A run that is finished is not trained any further: its result comes back. FileExistsError for an output_dir that another run is writing
+    to, or that holds checkpoints which are not of the run to go on with or are later than the one to go on from; CheckpointError for a
+    checkpoint that is damaged (named), made under other settings, with other backbones or other rows, or could not be written in the end;
+    ValueError and TooManyBadRows as in `data.load`.
     """
     if not isinstance(config, TrainingConfig):
         config = load_config(config)
     if (model is None) != (processor is None):
         raise ValueError("model and processor must be given together or not at all")
+    state = PartialState(cpu=runs_on_cpu())
+    with locked(Path(config.training.output_dir)) if state.is_main_process else nullcontext():
+        return _train(config, state, resume, callbacks, model, processor)
+
+
+def _train(
+    config: TrainingConfig,
+    state: PartialState,
+    resume: bool | str | os.PathLike[str] | None,
+    callbacks: Sequence[TrainerCallback],
+    model: Any,
+    processor: Any,
+) -> TrainingResult:
     run = Path(config.training.output_dir)
     checkpoint = _checkpoint_to_resume(run, resume)
-    if checkpoint is None and checkpoints_in(run):
-        raise FileExistsError(
-            f"training.output_dir {run} holds {checkpoints_in(run)[-1].name} of an earlier run: resume that, or choose another folder"
-        )
-    state = PartialState(cpu=runs_on_cpu())
+    _check_folder(run, checkpoint)
     if checkpoint is not None:
         _check_resumable(config, checkpoint, state.num_processes)
     train_corpus, eval_corpus, log = _corpora(config, state, fresh=checkpoint is None)
     if model is None:
         model, processor = build(config.model, seed=config.training.seed)
-    run.mkdir(parents=True, exist_ok=True)
+    if checkpoint is not None:
+        _check_backbones(model, checkpoint)
     if state.is_main_process:
         remove_unfinished(run)
         config.save(run / CONFIG_NAME)
@@ -120,18 +136,25 @@ def train(
     data = config.data
     collator = Collator(processor, prompt=data.prompt, bad_rows=log, fallback=train_corpus, max_seconds=data.max_seconds)
     trainer = AlignerTrainer(model, processor, config, collator, train_corpus, eval_corpus, callbacks)
-    trainer.args.eval_on_start = checkpoint is not None and trainer.owes_evaluation(checkpoint)
-    try:
-        with trainer.interruption.listening():
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        trainer.progress_bar.stop()
+    if checkpoint is not None:
+        _check_rows(trainer, checkpoint)
+    if checkpoint is not None and trainer.is_finished(checkpoint):
+        if checkpoint.parent.resolve() != run.resolve():
+            raise CheckpointError(f"{checkpoint} is the end of its run: there is nothing to go on with")
+        trainer.restore(checkpoint)
+    else:
+        trainer.args.eval_on_start = checkpoint is not None and trainer.owes_evaluation(checkpoint)
+        try:
+            with trainer.interruption.listening():
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            trainer.progress_bar.stop()
     bad_rows = [*train_corpus.problems, *log.errors]
     if state.is_main_process:
-        _report(config, trainer, bad_rows, log.warnings)
+        _report(trainer, checkpoint, bad_rows, log.warnings)
     if trainer.last_save_error is not None:
         raise trainer.last_save_error
-    return _result(config, trainer, bad_rows, log.warnings)
+    return _result(trainer, bad_rows, log.warnings)
 
 
 def build(config: ModelConfig, *, seed: int = 0) -> tuple[Any, Any]:
@@ -192,6 +215,51 @@ def _check_resumable(config: TrainingConfig, checkpoint: Path, processes: int) -
         raise CheckpointError(f"{checkpoint} was made by {made_by} processes, and this run has {processes}: start as many")
 
 
+def _check_folder(run: Path, checkpoint: Path | None) -> None:
+    """FileExistsError if the run's folder holds what would be mixed with, or taken for, this run's checkpoints."""
+    found = checkpoints_in(run)
+    if not found:
+        return
+    if checkpoint is None or checkpoint.parent.resolve() != run.resolve():
+        raise FileExistsError(f"training.output_dir {run} holds {found[-1].name} of an earlier run: resume that, or choose another folder")
+    later = [path for path in found if step_of(path) > step_of(checkpoint) and _is_sound(path)]
+    if later:
+        raise FileExistsError(
+            f"{run} holds {later[-1].name}, later than the {checkpoint.name} to go on from: move it away, or choose another "
+            "training.output_dir"
+        )
+
+
+def _is_sound(checkpoint: Path) -> bool:
+    try:
+        verify(checkpoint)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _check_backbones(model: Any, checkpoint: Path) -> None:
+    recorded = read(checkpoint).fingerprints
+    for kind, what in (("audio", "audio_model"), ("text", "text_model")):
+        found = model.fingerprints[kind]
+        if found.digest != recorded[kind].digest:
+            raise CheckpointError(
+                f"{checkpoint} was made with a {what} of fingerprint {recorded[kind].digest[:12]}, and this one's is {found.digest[:12]}: "
+                "its weights have changed since"
+            )
+
+
+def _check_rows(trainer: AlignerTrainer, checkpoint: Path) -> None:
+    path = checkpoint / ROWS_NAME
+    if not path.is_file():  # made before rows were recorded
+        return
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    if recorded != trainer.rows:
+        then, now = recorded["rows"], trainer.rows["rows"]
+        how = f"{then} rows to learn from then, {now} now" if then != now else f"as many rows as then, {now}, and other ones"
+        raise CheckpointError(f"{checkpoint} was made with another data.train, and would not go on as the run it is of: {how}")
+
+
 def _corpora(config: TrainingConfig, state: PartialState, *, fresh: bool) -> tuple[Corpus, Corpus | None, BadRowLog]:
     data = config.data
     train_corpus = load(data.train).for_training(data.max_seconds)
@@ -215,7 +283,7 @@ def _corpora(config: TrainingConfig, state: PartialState, *, fresh: bool) -> tup
     return train_corpus, eval_corpus, BadRowLog(path, limit=data.max_bad_rows - len(train_corpus.problems))
 
 
-def _result(config: TrainingConfig, trainer: AlignerTrainer, bad_rows: list[Problem], warnings: list[Problem]) -> TrainingResult:
+def _result(trainer: AlignerTrainer, bad_rows: list[Problem], warnings: list[Problem]) -> TrainingResult:
     run, state = trainer.run, trainer.state
     last = run / f"checkpoint-{state.global_step}"
     best = run / f"checkpoint-{state.best_global_step}" if state.best_global_step else last
@@ -238,24 +306,28 @@ def _result(config: TrainingConfig, trainer: AlignerTrainer, bad_rows: list[Prob
     )
 
 
-def _report(config: TrainingConfig, trainer: AlignerTrainer, bad_rows: list[Problem], warnings: list[Problem]) -> None:
+def _report(trainer: AlignerTrainer, checkpoint: Path | None, bad_rows: list[Problem], warnings: list[Problem]) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     run, state = trainer.run, trainer.state
     for what, problems in (("left out", bad_rows), ("used, but look wrong", warnings)):
         if problems:
             shown = "\n".join(f"  {problem}" for problem in problems[:5])
             more = f"\n  and {len(problems) - 5} more, in {run / BAD_ROWS_NAME}" if len(problems) > 5 else ""
-            console.print(f"{len(problems)} rows were {what}:\n{shown}{more}", markup=False)
+            counted = "1 row was" if len(problems) == 1 else f"{len(problems)} rows were"
+            console.print(f"{counted} {what}:\n{shown}{more}", markup=False)
     if trainer.last_save_error is not None:
         return
     last = f"checkpoint-{state.global_step}"
     if trainer.interruption.stopped:
         console.print(
             f"stopped after step {state.global_step} of {state.max_steps}, saved in {run / last}\n"
-            f"go on with: steermoe train {run / CONFIG_NAME} --resume",
+            f"go on with: steermoe train {shlex.quote(str(run / CONFIG_NAME))} --resume",
             markup=False,
         )
-    elif state.best_global_step:
+        return
+    if checkpoint is not None and state.global_step == step_of(checkpoint):
+        console.print(f"the run was finished after step {state.global_step} already: nothing was trained", markup=False)
+    if state.best_global_step:
         console.print(
             f"best {trainer.metric} {state.best_metric:.2%} after step {state.best_global_step}, "
             f"in {run / f'checkpoint-{state.best_global_step}'}",

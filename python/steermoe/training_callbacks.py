@@ -84,9 +84,13 @@ class EarlyStopping(TrainerCallback):
         self.metric, self.patience, self.sign = f"eval_{metric}", patience, 1 if greater_is_better else -1
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.is_over(state):
+            control.should_save = control.should_training_stop = True
+
+    def is_over(self, state: TrainerState) -> bool:
+        """Whether the log says that the run has waited long enough."""
         scores = [self.sign * entry[self.metric] for entry in state.log_history if self.metric in entry]
-        if scores and len(scores) - 1 - scores.index(max(scores)) >= self.patience:
-            control.should_training_stop = True
+        return bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= self.patience
 
 
 class Interruption(TrainerCallback):
@@ -130,3 +134,19 @@ class Interruption(TrainerCallback):
         control.should_save = control.should_training_stop = True
         # It may take long, and Ctrl-C is not patient: a resumed run begins with it.
         control.should_evaluate = False
+
+
+class DeafToSignals:
+    """A DataLoader's ``worker_init_fn`` that leaves the signals which end a run to the main process.
+
+    A scheduler may send them to all processes of a job: workers that died of them would take the step at hand, and the checkpoint, along.
+    """
+
+    def __init__(self, inner: Callable[[int], None] | None) -> None:
+        self.inner = inner
+
+    def __call__(self, worker: int) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if self.inner is not None:
+            self.inner(worker)

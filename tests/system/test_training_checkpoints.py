@@ -104,9 +104,9 @@ def test_a_replacement_cut_off_between_its_renames_is_put_back(tmp_path: Path) -
 def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
-    remove_old(tmp_path, None, None)
+    remove_old(tmp_path, None, ())
     assert len(checkpoints_in(tmp_path)) == 4
-    remove_old(tmp_path, 2, best_step=1)
+    remove_old(tmp_path, 2, (1, None))
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
-    remove_old(tmp_path, 1, best_step=4)
+    remove_old(tmp_path, 1, (4,))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4"]

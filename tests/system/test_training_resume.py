@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_runs import configuration, corpus, curve
 from transformers import TrainerCallback
 
-from steermoe.checkpoints import CheckpointError, checkpoints_in, verify
-from steermoe.trainer import STATISTICS_NAME, AlignerTrainer
+from steermoe.checkpoints import CheckpointError, checkpoints_in, locked, verify
+from steermoe.trainer import CONFIG_NAME, STATISTICS_NAME, AlignerTrainer
 from steermoe.training import TrainingResult, train
 from steermoe.training_config import TrainingConfig
 
@@ -94,13 +96,100 @@ def test_interrupted_and_resumed_is_uninterrupted(
     _assert_same_run(resumed, whole[passes])
 
 
-def test_resumed_from_a_named_checkpoint_by_another_folder(
+def test_resumed_from_a_named_checkpoint(
     backbones: tuple[Path, Path], clips: Path, whole: dict[int, TrainingResult], tmp_path: Path
 ) -> None:
+    """Later ones have to go first: else `--resume` would take them for this run's, and the limit on their number this run's for old."""
     config = configuration(backbones, clips, tmp_path / "first", eval=clips, **SETTINGS)
     train(config, callbacks=[Signal(6, signal.SIGTERM)])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="holds checkpoint-6, later than the checkpoint-4 to go on from: move it away"):
+        train(config, resume=tmp_path / "first" / "checkpoint-4")
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    for step in (5, 6):
+        shutil.rmtree(tmp_path / "first" / f"checkpoint-{step}")
     resumed = train(config, resume=tmp_path / "first" / "checkpoint-4")
     _assert_same_run(resumed, whole[1])
+
+
+def test_a_finished_run_is_not_trained_on(whole: dict[int, TrainingResult], capsys: pytest.CaptureFixture[str]) -> None:
+    run = whole[1].last_checkpoint.parent
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "checkpoint-" in str(path)}
+    again = train(run / CONFIG_NAME, resume=True)
+    assert again.steps == whole[1].steps and again.checkpoint == whole[1].checkpoint and not again.interrupted
+    assert curve(again.history) == curve(whole[1].history)
+    for name, weights in again.model.trained_parameters().items():
+        assert torch.equal(weights, whole[1].model.trained_parameters()[name]), name
+    assert "finished after step 12 already" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "checkpoint-" in str(path)}
+
+
+def test_another_runs_folder_is_refused(
+    backbones: tuple[Path, Path], clips: Path, whole: dict[int, TrainingResult], tmp_path: Path
+) -> None:
+    config = configuration(backbones, clips, tmp_path, **SETTINGS)
+    train(config)
+    with pytest.raises(FileExistsError, match="holds checkpoint-12 of an earlier run: resume that, or choose another folder"):
+        train(configuration(backbones, clips, tmp_path, eval=clips, **SETTINGS), resume=whole[1].last_checkpoint.parent / "checkpoint-4")
+    with pytest.raises(CheckpointError, match="is the end of its run: there is nothing to go on with"):
+        train(
+            configuration(backbones, clips, tmp_path / "new", eval=clips, **SETTINGS),
+            resume=whole[1].last_checkpoint.parent / "checkpoint-12",
+        )
+
+
+def test_two_runs_in_one_folder_are_refused(backbones: tuple[Path, Path], clips: Path, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(FileExistsError, match=r"another run is writing to .*: wait for it, or choose another"):
+        train(configuration(backbones, clips, tmp_path, **SETTINGS))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_backbones_that_changed_are_refused(backbones: tuple[Path, Path], clips: Path, tmp_path: Path) -> None:
+    text_model = shutil.copytree(backbones[1], tmp_path / "text")
+    config = configuration((backbones[0], text_model), clips, tmp_path / "run", **SETTINGS)
+    train(config, callbacks=[Signal(5)])
+    weights = load_file(text_model / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, text_model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"checkpoint-5 was made with a text_model of fingerprint .*: its weights have changed since"):
+        train(config, resume=True)
+
+
+def test_rows_that_changed_are_refused(backbones: tuple[Path, Path], tmp_path: Path) -> None:
+    clips = corpus(tmp_path / "clips", CLIPS)
+    config = configuration(backbones, clips, tmp_path / "run", **SETTINGS)
+    train(config, callbacks=[Signal(5)])
+    rows = clips.read_text().splitlines(keepends=True)
+    for changed, words in (
+        (rows[:-1], "7 rows to learn from then, 6 now"),
+        ([rows[0].replace('"text": "', '"text": "not '), *rows[1:]], "as many rows as then, 7, and other ones"),
+    ):
+        clips.write_text("".join(changed))
+        with pytest.raises(CheckpointError, match=rf"checkpoint-5 was made with another data.train.*: {words}"):
+            train(config, resume=True)
+    clips.write_text("".join(rows))
+    assert train(config, resume=True).steps == SETTINGS["max_steps"]
+
+
+def test_a_signal_to_all_processes_leaves_the_workers_at_work(backbones: tuple[Path, Path], clips: Path, tmp_path: Path) -> None:
+    """As a scheduler sends it: workers that died of it would take the checkpoint along."""
+
+    class Everybody(Signal):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step + 1 == self.at:
+                children = multiprocessing.active_children()
+                assert children, "there are workers"
+                for process in (*(child.pid for child in children), os.getpid()):
+                    assert process is not None
+                    os.kill(process, self.number)
+
+    config = configuration(backbones, clips, tmp_path, **SETTINGS)
+    config.data.num_workers = 2
+    for number in (signal.SIGTERM, signal.SIGINT):
+        config.training.output_dir = str(tmp_path / number.name)
+        stopped = train(config, callbacks=[Everybody(2, number)])
+        assert stopped.interrupted and stopped.steps == 2
+        verify(stopped.last_checkpoint)
 
 
 def test_ctrl_c_while_scoring_saves_too(
@@ -161,7 +250,7 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_taken(
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(
-    backbones: tuple[Path, Path], clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    backbones: tuple[Path, Path], clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = configuration(backbones, clips, tmp_path, max_steps=6, save_steps=2, save_total_limit=1)
     write = AlignerTrainer._save_optimizer_and_scheduler
@@ -175,8 +264,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     monkeypatch.setattr(AlignerTrainer, "_save_optimizer_and_scheduler", full)
     with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be saved: .*No space left on device.*checkpoint-2 is untouched"):
         train(config)
-    said = capsys.readouterr().err
-    assert "error: " in said and "checkpoint-4 could not be saved" in said and "resume from there" in said
+    (said,) = (record.message for record in caplog.records if "checkpoint-4 could not be saved" in record.message)
+    assert "resume from there" in said
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-2"]
     verify(tmp_path / "checkpoint-2")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("unfinished")]
