@@ -150,7 +150,8 @@ class AlignerTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """transformers' own, with workers that leave signals to this process."""
         loader: Any = super().get_train_dataloader()
-        loader.worker_init_fn = DeafToSignals(loader.worker_init_fn)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wraps the one that starts the workers
+        inner.worker_init_fn = DeafToSignals(inner.worker_init_fn)
         return loader
 
     # Optimizer

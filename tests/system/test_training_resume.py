@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,9 @@ SETTINGS: dict[str, Any] = {
     "load_balancing_weight": 0.01,
     "z_loss_weight": 0.01,
 }
+
+
+KILL = "import os, sys; [os.kill(int(process), int(sys.argv[1])) for process in sys.argv[2:]]"
 
 
 class Signal(TrainerCallback):
@@ -171,19 +176,19 @@ def test_rows_that_changed_are_refused(backbones: tuple[Path, Path], tmp_path: P
     assert train(config, resume=True).steps == SETTINGS["max_steps"]
 
 
-def test_a_signal_to_all_processes_leaves_the_workers_at_work(backbones: tuple[Path, Path], clips: Path, tmp_path: Path) -> None:
+def test_a_signal_to_all_processes_leaves_the_workers_at_work(backbones: tuple[Path, Path], tmp_path: Path) -> None:
     """As a scheduler sends it: workers that died of it would take the checkpoint along."""
 
     class Everybody(Signal):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step + 1 == self.at:
-                children = multiprocessing.active_children()
-                assert children, "there are workers"
-                for process in (*(child.pid for child in children), os.getpid()):
-                    assert process is not None
-                    os.kill(process, self.number)
+                workers = [str(child.pid) for child in multiprocessing.active_children()]
+                assert workers
+                # Somebody else sends it: from this process the workers would take it for an order.
+                subprocess.run([sys.executable, "-c", KILL, str(int(self.number)), *workers, str(os.getpid())], check=True)
 
-    config = configuration(backbones, clips, tmp_path, **SETTINGS)
+    many = corpus(tmp_path / "clips", 40)  # more than the workers have fetched by then
+    config = configuration(backbones, many, tmp_path, batch_size=1, **(SETTINGS | {"max_steps": 40}))
     config.data.num_workers = 2
     for number in (signal.SIGTERM, signal.SIGINT):
         config.training.output_dir = str(tmp_path / number.name)
