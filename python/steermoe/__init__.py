@@ -5,7 +5,15 @@ Importing it registers the model with transformers' AutoConfig, AutoModel and Au
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoProcessor
+try:
+    from transformers import AutoConfig, AutoModel, AutoProcessor
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ModuleNotFoundError(
+        "steermoe, the system around the kernels, needs transformers and more, which are not installed: pip install 'steermoe-kernels[system]'",
+        name=error.name,
+    ) from None
 
 from .config import SteerMoEConfig
 from .model import SteerMoEForConditionalGeneration, SteerMoEOutput

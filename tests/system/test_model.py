@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -425,3 +427,9 @@ def test_full_features_need_no_lengths(made: Model) -> None:
     batch = processor(user("<|audio|>x"), [noise(0.64)])
     lengths = batch.pop("feature_lengths")
     assert torch.equal(model(**batch).logits, model(**batch, feature_lengths=lengths).logits)
+
+
+def test_without_its_dependencies_the_import_says_what_to_install() -> None:
+    hidden = "import sys; sys.modules['transformers'] = None; import steermoe"
+    run = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.rstrip().endswith("pip install 'steermoe-kernels[system]'"), run.stderr
