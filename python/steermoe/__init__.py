@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
     raise ModuleNotFoundError(
-        "steermoe, the system around the kernels, needs transformers and more, which are not installed: pip install 'steermoe-kernels[system]'",
+        "steermoe, the system around the kernels, needs transformers and more: pip install 'steermoe-kernels[system]'",
         name=error.name,
     ) from None
 
