@@ -7,11 +7,12 @@ last: a save that is cut off, by a crash or a full disk, leaves the previous mod
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import cached_file
 
-from .checkpoints import CheckpointError
+from .checkpoints import SEAL, CheckpointError
 from .config import SteerMoEConfig
 from .fingerprint import Fingerprint
 from .model_card import model_card
 
-__all__ = ["SavedModel", "read", "write"]
+__all__ = ["SavedModel", "check_seal", "drop_stale_seal", "read", "read_weights", "write"]
 
 CONFIG_NAME, WEIGHTS_NAME, FINGERPRINTS_NAME, CARD_NAME = "config.json", "model.safetensors", "fingerprints.json", "README.md"
+PROCESSOR_NAME = "processor_config.json"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,11 @@ def write(
 
 
 def read(name: str | os.PathLike[str], *, revision: str | None = None, **hub: Any) -> SavedModel:
-    """A saved model, from a folder or a hub's repository. CheckpointError, naming the file, if any of it is missing, cut off or damaged."""
+    """A saved model, from a folder or a hub's repository.
+
+    CheckpointError, naming the file, if any of it is missing, cut off or damaged, is not what the seal of a training run's checkpoint
+    says, or does not go with the processor beside it.
+    """
     where = os.fspath(name)
     if os.path.isabs(where) or os.path.exists(where) or where.startswith("."):
         _put_back(Path(os.path.abspath(where)))
@@ -70,18 +76,69 @@ def read(name: str | os.PathLike[str], *, revision: str | None = None, **hub: An
     settings = _json(config_path)
     if settings.get("model_type") != SteerMoEConfig.model_type:
         raise CheckpointError(f"{config_path} is of a {settings.get('model_type')!r} model, not of a 'steermoe' one")
-    recorded = _json(_file(where, FINGERPRINTS_NAME, revision, hub))
-    try:
-        weights = load_file(weights_path)
-    except (SafetensorError, OSError, ValueError) as error:
-        size = os.path.getsize(weights_path)
-        raise CheckpointError(f"{weights_path} ({size} bytes) is cut off or damaged: {error}") from error
+    fingerprints_path = _file(where, FINGERPRINTS_NAME, revision, hub)
+    recorded = _json(fingerprints_path)
+    check_seal(Path(fingerprints_path).parent, [FINGERPRINTS_NAME])
+    weights = read_weights(weights_path)
     try:
         fingerprints = {kind: Fingerprint.from_dict(recorded[kind]) for kind in ("audio", "text")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{fingerprints_path} is damaged, it is not what was saved: {error}") from error
+    try:
         config = SteerMoEConfig.from_dict(settings)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{where} is damaged, its {CONFIG_NAME} or {FINGERPRINTS_NAME} is not what was saved: {error}") from error
+        raise CheckpointError(f"{config_path} is damaged: {error}") from error
+    _check_processor(Path(config_path), config)
     return SavedModel(where, config, weights, fingerprints)
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The trained weights in ``path``, by name. CheckpointError if they are cut off, damaged or not what the seal beside them says."""
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        raise CheckpointError(f"{path} ({size} bytes) is cut off or damaged: {error}") from error
+    check_seal(Path(path).parent, [Path(path).name])
+    return weights
+
+
+def check_seal(folder: Path, names: Iterable[str]) -> None:
+    """CheckpointError, naming the file, for one of ``names`` in ``folder`` that is not what the seal there says, if there is a seal."""
+    if not (folder / SEAL).is_file():
+        return
+    sealed = _json(str(folder / SEAL)).get("files")
+    if not isinstance(sealed, dict):
+        raise CheckpointError(f"{folder / SEAL} is damaged: it lists no files")
+    for name in names:
+        path, entry = folder / name, sealed.get(name)
+        if entry is None:
+            continue
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, and {SEAL} beside it lists it")
+        if not isinstance(entry, dict) or hashlib.sha256(path.read_bytes()).hexdigest() != entry.get("sha256"):
+            raise CheckpointError(f"{path} is damaged or was changed: its SHA-256 is not the one in {SEAL} beside it")
+
+
+def drop_stale_seal(folder: Path, names: Iterable[str]) -> None:
+    """Remove the seal of ``folder`` if ``names`` have been saved anew there, and are no longer what it says."""
+    try:
+        check_seal(folder, names)
+    except CheckpointError:
+        (folder / SEAL).unlink()
+
+
+def _check_processor(config_path: Path, config: SteerMoEConfig) -> None:
+    """CheckpointError where the processor in the same folder makes another number of audio tokens than the model."""
+    beside = config_path.with_name(PROCESSOR_NAME)
+    if not beside.is_file():
+        return
+    saved = _json(str(beside))
+    for key in ("pool_size", "audio_padding"):
+        if key in saved and saved[key] != getattr(config, key):
+            raise CheckpointError(
+                f"{config_path} says {key} {getattr(config, key)!r}, and {beside.name} beside it {saved[key]!r}: one of them was altered"
+            )
 
 
 def _write_files(folder: Path, config: SteerMoEConfig, weights: Mapping[str, Tensor], fingerprints: Mapping[str, Fingerprint]) -> None:
@@ -102,6 +159,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
         os.rename(staging, target)
     elif not (target / WEIGHTS_NAME).exists() or not _can_be_moved(target):
         # Nothing to lose, and others may be writing here; the weights come last, without which it is no model.
+        (target / SEAL).unlink(missing_ok=True)
         for name in (CARD_NAME, FINGERPRINTS_NAME, CONFIG_NAME, WEIGHTS_NAME):
             os.replace(staging / name, target / name)
         _to_disk(target)
@@ -109,6 +167,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
         for path in target.iterdir():
             if not (staging / path.name).exists():
                 _link(path, staging / path.name)
+        drop_stale_seal(staging, (WEIGHTS_NAME, FINGERPRINTS_NAME))
         aside = _aside(target)
         os.rename(target, aside)
         try:

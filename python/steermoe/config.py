@@ -47,6 +47,12 @@ class SteerMoEConfig(PretrainedConfig):
         audio_padding: str = "longest",
         **kwargs: Any,
     ) -> None:
+        _check_number("num_experts", num_experts, whole=True)
+        if top_k is not None:
+            _check_number("top_k", top_k, whole=True)
+        _check_number("steering_scale", steering_scale)
+        if not isinstance(renormalize, bool):
+            raise ValueError(f"renormalize must be true or false, got {renormalize!r}")
         if pool not in _POOLS:
             raise ValueError(f"pool must be 'max', 'mean' or None, got {pool!r}")
         if not isinstance(pool_size, int) or pool_size < 1:
@@ -71,6 +77,12 @@ class SteerMoEConfig(PretrainedConfig):
         self.audio_token_id = audio_token_id
         self.audio_padding = audio_padding
         super().__init__(**kwargs)
+
+
+def _check_number(name: str, value: Any, *, whole: bool = False) -> None:
+    """ValueError for a field of a saved config, or an argument, that is no number: what reads it would not name it."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
 
 
 def check_audio_padding(audio_padding: str) -> None:

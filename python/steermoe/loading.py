@@ -92,7 +92,7 @@ def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = Non
     try:
         tokenizer = AutoTokenizer.from_pretrained(_text_place(name), revision=revision)
     except Exception as error:  # each tokenizer fails in its own way
-        raise BackboneError(f"text_model {name!r} has no tokenizer that can be loaded: {_first_line(error)}") from error
+        raise BackboneError(f"text_model {name!r} has no tokenizer that can be loaded: {first_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         # Without files, the library makes some kinds of tokenizer up, with nothing in them.
         raise BackboneError(f"text_model {name!r} has no tokenizer that can be loaded: its vocabulary is empty")
@@ -121,7 +121,7 @@ def load_feature_extractor(source: str | os.PathLike[str], *, revision: str | No
     try:
         return AutoFeatureExtractor.from_pretrained(_audio_place(name), revision=revision)
     except Exception as error:
-        raise BackboneError(f"audio_model {name!r} has no feature extractor that can be loaded: {_first_line(error)}") from error
+        raise BackboneError(f"audio_model {name!r} has no feature extractor that can be loaded: {first_line(error)}") from error
 
 
 def load_encoder_config(source: str | os.PathLike[str], *, revision: str | None = None) -> Any:
@@ -132,7 +132,7 @@ def load_encoder_config(source: str | os.PathLike[str], *, revision: str | None 
     try:
         return AutoConfig.from_pretrained(_audio_place(name), revision=revision)
     except Exception as error:
-        raise BackboneError(f"audio_model {name!r} has no config that can be loaded: {_first_line(error)}") from error
+        raise BackboneError(f"audio_model {name!r} has no config that can be loaded: {first_line(error)}") from error
 
 
 def _audio_place(name: str) -> str:
@@ -195,7 +195,7 @@ def _openai_whisper(path: str) -> Any:
     try:
         return _encoder_of(whisper.load_model(path, device="cpu"))
     except Exception as error:
-        raise BackboneError(f"audio_model {path!r} is no openai-whisper model: {_first_line(error)}") from error
+        raise BackboneError(f"audio_model {path!r} is no openai-whisper model: {first_line(error)}") from error
 
 
 def _load(kind: Any, argument: str, name: str, revision: str | None, attn_implementation: str | None) -> Any:
@@ -209,7 +209,7 @@ def _load(kind: Any, argument: str, name: str, revision: str | None, attn_implem
     try:
         model, told = kind.from_pretrained(name, revision=revision, dtype="auto", output_loading_info=True, **settings)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise BackboneError(f"{argument} {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise BackboneError(f"{argument} {name!r} cannot be loaded: {first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing = sorted(key for key in told["missing_keys"] if not key.endswith(_UNUSED))
@@ -224,6 +224,6 @@ def _commit(model: Any) -> str | None:
     return getattr(getattr(model, "config", None), "_commit_hash", None)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,10 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from .audio_frames import FrameCounts
+from .checkpoint_folder import CONFIG_NAME, PROCESSOR_NAME, check_seal, drop_stale_seal
+from .checkpoints import CheckpointError
 from .config import AUDIO_TOKEN, check_audio_padding
-from .loading import BackboneError, load_encoder_config, load_feature_extractor, load_tokenizer, with_audio_token
+from .loading import BackboneError, first_line, load_encoder_config, load_feature_extractor, load_tokenizer, with_audio_token
 
 __all__ = ["SteerMoEProcessor"]
 
@@ -21,6 +25,11 @@ IGNORED = -100
 UNLIMITED_SECONDS = 30.0
 # Less audio gives no filterbank frame that could be normalised; it is filled up with silence.
 SHORTEST_SECONDS = 0.1
+
+# What transformers writes of a processor. Of the vocabularies there is one, as the kind of tokenizer has it.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+_EXTRACTOR_NAME = "preprocessor_config.json"
+_FILES = (PROCESSOR_NAME, "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", _EXTRACTOR_NAME, *_VOCABULARIES)
 
 Chat = Sequence[Mapping[str, Any]]
 
@@ -87,6 +96,31 @@ class SteerMoEProcessor(ProcessorMixin):
             audio_padding=audio_padding,
             audio_token=audio_token,
         )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> SteerMoEProcessor:
+        """The processor that `save_pretrained` left in a folder or hub repository; ``kwargs`` are transformers'.
+
+        CheckpointError, naming the folder or file, if it is not there, cut off or damaged.
+        """
+        where = os.fspath(pretrained_model_name_or_path)
+        if os.path.isdir(where):
+            _check_files(Path(where) / (kwargs.get("subfolder") or ""))
+        elif os.path.isabs(where) or where.startswith((".", "~")) or where.count("/") > 1:
+            raise CheckpointError(f"there is no processor at {where}")
+        try:
+            processor: SteerMoEProcessor = super().from_pretrained(where, **kwargs)
+        except Exception as error:  # each tokenizer and extractor fails in its own way
+            raise CheckpointError(f"{where} holds no processor that can be loaded: {first_line(error)}") from error
+        return processor
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Write the processor's files into ``save_directory``; the arguments are transformers'."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        drop_stale_seal(Path(save_directory), _FILES)
+        return saved
 
     @property
     def counts(self) -> FrameCounts:
@@ -327,6 +361,28 @@ class SteerMoEProcessor(ProcessorMixin):
     def decode(self, *args: Any, **kwargs: Any) -> str:
         """The tokenizer's ``decode``."""
         return str(self.tokenizer.decode(*args, **kwargs))
+
+
+def _check_files(folder: Path) -> None:
+    """CheckpointError for a saved processor of which a file is missing, cut off, or not what the seal beside it says."""
+    here = {name for name in (*_FILES, CONFIG_NAME) if (folder / name).is_file()}
+    unfinished = f"{folder} holds no processor, or an unfinished one"
+    for name in (PROCESSOR_NAME, "tokenizer_config.json"):
+        if name not in here:
+            raise CheckpointError(f"{unfinished}: it has no {name}")
+    # Without this file the library makes some kinds of tokenizer up, with nothing in them.
+    if not here.intersection(_VOCABULARIES):
+        raise CheckpointError(f"{unfinished}: it has no {_VOCABULARIES[0]}")
+    contents: dict[str, Any] = {}
+    for name in sorted(here):
+        if name.endswith(".json"):
+            try:
+                contents[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{folder / name} is cut off or damaged: {error}") from error
+    if _EXTRACTOR_NAME not in here and "feature_extractor" not in contents[PROCESSOR_NAME]:
+        raise CheckpointError(f"{unfinished}: its {PROCESSOR_NAME} describes no feature extractor")
+    check_seal(folder, _FILES)
 
 
 def _origin(argument: str, model: Any, needed: str) -> str:

@@ -21,7 +21,7 @@ from tiny_models import ALL_CLIPS, MIXED, build
 from torch import nn
 
 from steermoe import SteerMoEForConditionalGeneration, SteerMoEProcessor, checkpoint_folder
-from steermoe.checkpoints import CheckpointError
+from steermoe.checkpoints import SEAL, CheckpointError, seal, staging_folder
 from steermoe.loading import BackboneError
 from steermoe_kernels import FusedSteerMoE
 
@@ -174,6 +174,103 @@ def test_weights_of_another_size(made: Model, saved: Path, tiny_encoder: Path, t
     shutil.copy(tmp_path / "seven" / "model.safetensors", saved)
     with pytest.raises(CheckpointError, match=r"does not fit its own config: .*steering_vectors must be \(3, 4, 32\)"):
         load(saved)
+
+
+@pytest.fixture
+def sealed(saved: Path) -> Path:
+    """A saved model and processor, sealed as a training run seals its checkpoints."""
+    checkpoint = saved.with_name("checkpoint-5")
+    saved.rename(staging_folder(checkpoint))
+    seal(checkpoint)
+    return checkpoint
+
+
+def flip(path: Path, place: int = -1) -> None:
+    """Another value in one byte."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_the_seal_does_not_know_is_refused(sealed: Path) -> None:
+    """A changed weight is a weight all the same: nothing but the recorded SHA-256 tells."""
+    load(sealed), SteerMoEProcessor.from_pretrained(sealed)
+    for name in ("model.safetensors", "fingerprints.json"):
+        whole = (sealed / name).read_bytes()
+        if name == "model.safetensors":
+            flip(sealed / name)
+        else:
+            (sealed / name).write_text((sealed / name).read_text() + " ")
+        with pytest.raises(CheckpointError, match=rf"{name} is damaged or was changed: its SHA-256 is not the one in checkpoint\.json"):
+            load(sealed)
+        (sealed / name).write_bytes(whole)
+    load(sealed)
+    (sealed / "chat_template.jinja").write_text((sealed / "chat_template.jinja").read_text()[:40])
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is damaged or was changed"):
+        SteerMoEProcessor.from_pretrained(sealed)
+    (sealed / SEAL).write_text("{}")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json is damaged: it lists no files"):
+        load(sealed)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_model_saved_over_a_sealed_one_is_no_longer_sealed(
+    in_place: bool, made: Model, sealed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made[1].save_pretrained(sealed)
+    assert (sealed / SEAL).exists(), "the same processor again leaves the seal true"
+    before = made[0].aligner.layer_scales[0].item()
+    if in_place:
+        monkeypatch.chdir(sealed)
+    marked(made[0], before + 1)
+    made[0].save_pretrained(sealed)
+    marked(made[0], before)
+    assert not (sealed / SEAL).exists() and mark(sealed) == before + 1
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("steering_scale", "x", "steering_scale must be a number, got 'x'"),
+        ("num_experts", 4.5, "num_experts must be a whole number, got 4.5"),
+        ("top_k", "2", "top_k must be a whole number, got '2'"),
+        ("renormalize", "yes", "renormalize must be true or false, got 'yes'"),
+        ("pool_size", 0, "pool_size must be a whole number of at least 1, got 0"),
+        ("pool_size", 8, "says pool_size 8, and processor_config.json beside it 3: one of them was altered"),
+        ("audio_padding", "max_length", "says audio_padding 'max_length', and processor_config.json beside it 'longest'"),
+    ],
+)
+def test_an_altered_config_is_named_with_its_key(key: str, value: Any, said: str, saved: Path) -> None:
+    settings = json.loads((saved / "config.json").read_text()) | {key: value}
+    (saved / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=rf"{saved / 'config.json'} .*{said}"):
+        load(saved)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json"])
+def test_a_processor_that_is_cut_off_or_not_there(name: str, saved: Path, tmp_path: Path) -> None:
+    whole = (saved / name).read_bytes()
+    (saved / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=rf"{saved / name} is cut off or damaged: "):
+        SteerMoEProcessor.from_pretrained(saved)
+    (saved / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"^{saved} holds no processor, or an unfinished one: it has no {name}$"):
+        SteerMoEProcessor.from_pretrained(saved)
+    for where in ("/nope", "./nope", "a/b/c"):
+        with pytest.raises(CheckpointError, match=f"^there is no processor at {where}$"):
+            SteerMoEProcessor.from_pretrained(where)
+
+
+def test_a_processor_without_a_feature_extractor(saved: Path) -> None:
+    settings = json.loads((saved / "processor_config.json").read_text())
+    del settings["feature_extractor"]
+    (saved / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"its processor_config\.json describes no feature extractor$"):
+        SteerMoEProcessor.from_pretrained(saved)
+    settings["feature_extractor"] = {"feature_extractor_type": "NoSuchExtractor"}
+    (saved / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=rf"^{saved} holds no processor that can be loaded: "):
+        SteerMoEProcessor.from_pretrained(saved)
 
 
 # Saving
