@@ -169,6 +169,43 @@ def test_clotho_aqa(tmp_path: Path) -> None:
         data.load({"path": tmp_path, "split": "train"})
 
 
+def test_transcripts_that_are_not_utf8_are_bad_rows(tmp_path: Path) -> None:
+    """Never texts with U+FFFD in them."""
+    for name in ("1-2-0000", "1-2-0001"):
+        record(tmp_path / "libri" / f"{name}.flac", "one")
+        record(tmp_path / "aishell" / "wav" / "S1" / f"{name}.wav", "one")
+    lines = b"\xef\xbb\xbf1-2-0000 CAF\xc3\xa9\n1-2-0001 CAF\xe9\n"
+    for transcript in ("libri/1-2.trans.txt", "aishell/trans.txt"):
+        (tmp_path / transcript).write_bytes(lines)
+        corpus = data.load((tmp_path / transcript).parent)
+        assert [row.text for row in corpus] == ["CAFé"]
+        assert [str(problem) for problem in corpus.problems] == [f"{tmp_path / transcript}:2: not UTF-8 (byte 13)"]
+    record(tmp_path / "a.wav", "one")
+    table = tmp_path / "table.csv"
+    table.write_bytes(b"file_name,QuestionText,answer\na.wav,What?,caf\xe9\na.wav,Wh\xe9re?,here\na.wav,Who?,Ren\xc3\xa9\n")
+    corpus = data.load(table)
+    assert [row.text for row in corpus] == ["René"]
+    assert [str(problem) for problem in corpus.problems] == [
+        f"{table}:2: answer is not UTF-8 (byte 4)",
+        f"{table}:3: QuestionText is not UTF-8 (byte 3)",
+    ]
+    table.write_bytes(b"file_name,QuestionText,caf\xe9\n")
+    with pytest.raises(ValueError, match=r"needs columns .*, got file_name, QuestionText, caf\ufffd$"):
+        data.load({"path": table, "kind": "clotho_aqa"})
+
+
+def test_a_csv_field_past_the_limit_is_a_bad_row(tmp_path: Path) -> None:
+    record(tmp_path / "a.wav", "one")
+    table = tmp_path / "table.csv"
+    table.write_text(f"file_name,QuestionText,answer\na.wav,{'x' * 140_000},no\na.wav,Who?,me\n")
+    corpus = data.load(table)
+    assert [row.text for row in corpus] == ["me"]
+    assert [str(problem) for problem in corpus.problems] == [f"{table}:2: not CSV (field larger than field limit (131072))"]
+    table.write_text("x" * 140_000)
+    with pytest.raises(ValueError, match="no kind of corpus takes"):
+        data.load(table)
+
+
 def test_huggingface_forms_of_audio(tmp_path: Path) -> None:
     paths = [record(tmp_path / f"{word}.wav", word) for word in ("one", "two", "three")]
     expected = [data.load_audio(path) for path in paths]

@@ -247,6 +247,14 @@ def describe_problems(problems: Sequence[Problem], limit: int, name: str = "") -
     return f"{len(problems)} bad rows{of}, and max_bad_rows allows {limit}: mend or remove them, or allow more{listed}{more}"
 
 
+def decoded(line: bytes) -> str:
+    """A line of a transcript or manifest. ValueError, naming the first bad byte, if it is not UTF-8."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start + 1})") from error
+
+
 def _remove_in(process: int, path: str) -> None:
     """Remove a temporary file, in the process that made it: a forked worker that drops its copy of the log must not."""
     if os.getpid() == process:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .corpus import Corpus, Example, Problem
+from .corpus import Corpus, Example, Problem, decoded
 
 PRIORITY = 10
 LOOKED_FOR = "a .jsonl, .ndjson or .json file with one JSON object a line, or a folder with a manifest.jsonl"
@@ -54,9 +54,7 @@ def _lines(manifest: Path) -> Iterator[tuple[int, bytes]]:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start + 1})") from error
+        row = json.loads(decoded(line))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from error
     except RecursionError as error:
