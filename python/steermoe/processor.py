@@ -16,6 +16,7 @@ from .audio_frames import FrameCounts
 from .checkpoint_folder import CONFIG_NAME, PROCESSOR_NAME, check_seal, drop_stale_seal
 from .checkpoints import CheckpointError
 from .config import AUDIO_TOKEN, check_audio_padding
+from .data.corpus import lone_surrogate
 from .loading import BackboneError, first_line, load_encoder_config, load_feature_extractor, load_tokenizer, with_audio_token
 
 __all__ = ["SteerMoEProcessor"]
@@ -194,7 +195,7 @@ class SteerMoEProcessor(ProcessorMixin):
             answer = [] if answers is None else self._answer(chat, prompt, answers[index])
             rows.append(expanded + answer)
             labels.append([IGNORED] * len(expanded) + answer)
-            self._check_fits(index, len(rows[-1]))
+            self._check_fits(f"chat {index}" if len(chats) > 1 else "the chat", len(rows[-1]))
         if at != len(clips):
             raise ValueError(f"the chat template must keep every {self.audio_token}: of {len(clips)} placeholders it kept {at}")
 
@@ -259,6 +260,8 @@ class SteerMoEProcessor(ProcessorMixin):
         return str(text)
 
     def _encode(self, text: str) -> list[int]:
+        if fault := lone_surrogate(text):
+            raise ValueError(f"messages and answers must be text, and one holds {fault}")
         # The template has written the beginning of the text, where the model has one.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -279,10 +282,10 @@ class SteerMoEProcessor(ProcessorMixin):
             ids = self._encode(answer)
         return ids if end is None else [*ids, end]
 
-    def _check_fits(self, index: int, tokens: int) -> None:
+    def _check_fits(self, name: str, tokens: int) -> None:
         limit = self.tokenizer.model_max_length
         if tokens > limit:
-            raise ValueError(f"chat {index} comes to {tokens} tokens with its audio, and the language model takes {limit}")
+            raise ValueError(f"{name} comes to {tokens} tokens with its audio, and the language model takes {limit}")
 
     # Audio
 

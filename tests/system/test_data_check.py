@@ -96,6 +96,39 @@ def test_a_corpus_without_a_usable_row_is_reported(tmp_path: Path) -> None:
     json.dumps(report.to_dict(), allow_nan=False)
 
 
+def test_texts_and_prompts_that_no_processor_takes(tmp_path: Path) -> None:
+    record(tmp_path / "a.wav", "one two three")
+    path = manifest(
+        tmp_path,
+        {"audio_filepath": "a.wav", "text": "smile \ud83d"},
+        {"audio_filepath": "a.wav", "text": "hear <|audio|>"},
+        {"audio_filepath": "a.wav", "text": "x", "prompt": "<|audio|> or <|audio|>?"},
+        {"audio_filepath": "a.wav", "text": "x", "prompt": "What is <|audio|>?"},
+        {"audio_filepath": "a.wav", "text": "x", "note": "\ud83d\ude00 \ude00"},
+    )
+    report = check(path)
+    assert report.exit_status == 1
+    assert [str(problem) for problem in report.finding("unusable texts")] == [
+        f"{path}:2: text holds <|audio|>, which stands for audio in prompts: 'hear <|audio|>'",
+        f"{path}:3: prompt has 2 <|audio|> placeholders for 1 clips: '<|audio|> or <|audio|>?'",
+    ]
+    assert [problem.reason.partition(" (")[0] for problem in report.finding("bad rows")] == [
+        "field 'text' holds a lone surrogate",
+        "field 'note' holds a lone surrogate",
+    ]
+    # A recording of two clips has room for two placeholders.
+    assert len(check(path, max_seconds=1.0).finding("unusable texts")) == 1
+
+
+def test_a_corpus_without_any_row_is_an_error(tmp_path: Path) -> None:
+    record(tmp_path / "a.wav", "one")
+    (tmp_path / "empty").mkdir()
+    empty, full = manifest(tmp_path / "empty"), manifest(tmp_path, {"audio_filepath": "a.wav", "text": "x"})
+    for spec in (empty, [full, empty]):
+        with pytest.raises(ValueError, match=r"empty/manifest\.jsonl has no rows; looked for"):
+            check(spec)
+
+
 def test_sections_of_one_file_are_neither_duplicates_nor_wrong(tmp_path: Path) -> None:
     record(tmp_path / "a.wav", "one two three four")
     rows = [{"audio_filepath": "a.wav", "text": "x", "offset": 0.5 * index, "duration": 0.5} for index in range(4)]

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_backbones
 import torch
 from tiny_models import ALL_CLIPS, ANSWERS, CLIPS, GREEDY, MIXED, build
 from transformers import GenerationConfig, TextStreamer
+
+from steermoe.data import BadRowLog
+from steermoe.generation import Request, respond
 
 Model = tuple[Any, Any]
 
@@ -95,3 +99,25 @@ def test_padding_on_the_right_is_refused(made: Model) -> None:
     batch.pop("labels")
     with pytest.raises(ValueError, match="attention_mask ends in padding, and generation continues at the end: pad on the left"):
         model.generate(**batch)
+
+
+def test_a_request_that_the_processor_refuses_is_named(made: Model, tmp_path: Path) -> None:
+    """It gets no response, and the others of its batch do."""
+    model, processor = made
+    audio = (tiny_backbones.noise(0.5), 16000)
+    prompts = ["What?", "x" * 600, "Who?"]
+    requests = [Request(index, audio, ((0.0, 0.5),), prompt, f"m:{index}") for index, prompt in enumerate(prompts)]
+    log = BadRowLog(tmp_path / "bad_rows.jsonl", limit=1)
+    limit = processor.tokenizer.model_max_length
+    processor.tokenizer.model_max_length = 512
+    try:
+        texts = {response.request.key: response.text for response in respond(model, processor, requests, bad_rows=log, max_new_tokens=3)}
+        assert set(texts) == {0, 2} and [problem.where for problem in log.errors] == ["m:1"]
+        assert log.errors[0].reason.endswith("tokens with its audio, and the language model takes 512")
+        with pytest.raises(ValueError, match=r"^m:1: the chat comes to 6"):
+            list(respond(model, processor, requests, max_new_tokens=3))
+        assert not list(respond(model, processor, requests[1:2], bad_rows=log))
+    finally:
+        processor.tokenizer.model_max_length = limit
+    alone = {response.request.key: response.text for response in respond(model, processor, requests[::2], max_new_tokens=3)}
+    assert alone == texts

@@ -216,8 +216,15 @@ def test_more_that_is_refused(processor: SteerMoEProcessor, tiny_encoder: Path, 
         SteerMoEProcessor.from_backbones(tiny_encoder, tiny_language_model, pool_size=-1)
     short = SteerMoEProcessor.from_backbones(tiny_encoder, tiny_language_model)
     short.tokenizer.model_max_length = 40
-    with pytest.raises(ValueError, match=r"chat 0 comes to \d+ tokens with its audio, and the language model takes 40"):
+    with pytest.raises(ValueError, match=r"^the chat comes to \d+ tokens with its audio, and the language model takes 40"):
         short(ONE, noise(2.0))
+    with pytest.raises(ValueError, match=r"^chat 1 comes to \d+ tokens with its audio"):
+        short([user("a"), ONE], noise(2.0))
+    half = r"messages and answers must be text, and one holds a lone surrogate \('\\ud83d' at character \d+\): half of a character"
+    with pytest.raises(ValueError, match=half):
+        processor(user("smile \ud83d"))
+    with pytest.raises(ValueError, match=half):
+        processor(ONE, noise(1.0), answers=["smile \ud83d"])
 
 
 def test_max_length_needs_a_longest_input(encoder_folder: Callable[[str], Path], tiny_language_model: Path) -> None:

@@ -70,8 +70,8 @@ def load(spec: Specification, *, allow_empty: bool = False) -> Corpus:
 
     A mapping has ``path`` and may have ``kind`` (else told from what is there), ``prompt`` (for rows without one), ``first`` (only so many
     rows) and the options of its kind. FileNotFoundError for a path that is not there; ValueError for one that no kind takes, saying what
-    was looked for, for an unknown kind or option, and, unless ``allow_empty``, for a corpus without a single usable row, naming the first
-    bad ones.
+    was looked for, for an unknown kind or option, for a corpus without any row, and, unless ``allow_empty``, for one without a single
+    usable row, naming the first bad ones.
     """
     if isinstance(spec, Mapping):
         return _load_one(dict(spec), allow_empty)
@@ -111,10 +111,10 @@ def _load_one(spec: dict[str, Any], allow_empty: bool) -> Corpus:
         _check_exists(Path(path))
     _check_options(module, spec)
     corpus: Corpus = module.read(path, **spec)
+    if not len(corpus) and not corpus.problems:
+        raise ValueError(f"{path} has no rows; looked for {module.LOOKED_FOR}")
     if not len(corpus) and not allow_empty:
         listed = "".join(f"\n  {problem}" for problem in corpus.problems[:5])
-        if not listed:
-            raise ValueError(f"{path} has no rows; looked for {module.LOOKED_FOR}")
         raise ValueError(f"{path} has no usable row: {len(corpus.problems)} bad ones{listed}")
     if prompt is not None:
         corpus = Corpus(WithPrompt(corpus, prompt), corpus.problems, corpus.name)

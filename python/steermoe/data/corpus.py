@@ -224,7 +224,8 @@ class BadRowLog:
         self._seen.add(key)
         line = json.dumps({"where": where, "reason": reason, "severity": severity}, ensure_ascii=False) + "\n"
         with open(self.path, "ab", buffering=0) as file:
-            file.write(line.encode("utf-8"))
+            # A lone surrogate in a name is written as JSON escapes it.
+            file.write(line.encode("utf-8", errors="backslashreplace"))
         return True
 
     def _read(self, severity: str) -> list[Problem]:
@@ -253,6 +254,15 @@ def decoded(line: bytes) -> str:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1})") from error
+
+
+def lone_surrogate(text: str) -> str | None:
+    """What is said of a text with half of a character in it, as JSON can have and no tokenizer or file takes; None of any other."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"a lone surrogate ({text[error.start]!r} at character {error.start + 1}): half of a character"
+    return None
 
 
 def _remove_in(process: int, path: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .corpus import Corpus, Example, Problem, decoded
+from .corpus import Corpus, Example, Problem, decoded, lone_surrogate
 
 PRIORITY = 10
 LOOKED_FOR = "a .jsonl, .ndjson or .json file with one JSON object a line, or a folder with a manifest.jsonl"
@@ -61,6 +61,9 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise ValueError("not a flat JSON object (nested too deeply)") from error
     if not isinstance(row, dict):
         raise ValueError(f"must be a JSON object, got {type(row).__name__}")
+    for name, value in row.items() if b"\\u" in line else ():
+        if fault := lone_surrogate(json.dumps([name, value], ensure_ascii=False)):
+            raise ValueError(f"field {name!r} holds {fault}")
     return row
 
 
