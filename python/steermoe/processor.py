@@ -16,6 +16,7 @@ from .audio_frames import FrameCounts
 from .checkpoint_folder import CONFIG_NAME, PROCESSOR_NAME, check_seal, drop_stale_seal
 from .checkpoints import CheckpointError
 from .config import AUDIO_TOKEN, check_audio_padding
+from .data.audio import LOUDEST_PEAK, wrong_scale
 from .data.corpus import lone_surrogate
 from .loading import BackboneError, first_line, load_encoder_config, load_feature_extractor, load_tokenizer, with_audio_token
 
@@ -166,8 +167,8 @@ class SteerMoEProcessor(ProcessorMixin):
         ends where the model answers, and the padding is on the left.
 
         Returns ``input_ids``, ``attention_mask`` (B, S); with audio ``input_features``, one row a clip, and ``feature_lengths`` (clips,).
-        ValueError for a count of clips or answers that does not fit, and for audio that is empty, too long, of another rate, not mono or
-        not finite.
+        ValueError for a count of clips or answers that does not fit, and for audio that is empty, too long, of another rate, not mono,
+        not finite or far over full scale.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
@@ -313,6 +314,8 @@ class SteerMoEProcessor(ProcessorMixin):
         samples = samples.astype(np.float32, copy=False)
         if not np.isfinite(samples).all():
             raise ValueError(f"{name} holds values that are not finite")
+        if (peak := float(np.abs(samples).max())) > LOUDEST_PEAK:
+            raise ValueError(f"{name} {wrong_scale(peak)}")
         # A resampler may leave a few samples more than asked for.
         if (seconds := samples.size / self.sampling_rate) > self.max_seconds + 0.01:
             raise ValueError(f"{name} is {seconds:.2f} s long, and the encoder takes {self.max_seconds:g} s: split it")

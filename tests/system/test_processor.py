@@ -190,6 +190,7 @@ ONE = user(f"{AUDIO}What?")
         (ONE, [np.zeros((2, 16000), np.float32)], r"audio\[0\] must be mono, an array of one dimension, got shape \(2, 16000\)"),
         (ONE, [np.zeros(16000, np.int16)], r"audio\[0\] must be floating point between -1 and 1, got int16"),
         (ONE, [np.full(16000, np.nan, np.float32)], r"audio\[0\] holds values that are not finite"),
+        (ONE, [noise(1.0) * 32768], r"audio\[0\] has a peak of \d{4,5}, and full scale is 1: divide it by 32768 if"),
         (ONE, [np.zeros(32800, np.float32)], r"audio\[0\] is 2.05 s long, and the encoder takes 2 s: split it"),
         (ONE, [{"array": noise(1.0), "sampling_rate": 8000}], r"audio\[0\] has 8000 samples a second, and the encoder needs 16000"),
         ([], None, "messages must hold at least one turn"),
