@@ -31,6 +31,7 @@ __all__ = ["SavedModel", "check_seal", "drop_stale_seal", "read", "read_weights"
 
 CONFIG_NAME, WEIGHTS_NAME, FINGERPRINTS_NAME, CARD_NAME = "config.json", "model.safetensors", "fingerprints.json", "README.md"
 PROCESSOR_NAME = "processor_config.json"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
 
 
 @dataclass(frozen=True)
@@ -217,9 +218,8 @@ def _link(source: Path, copy: Path) -> None:
 
 
 def _file(where: str, name: str, revision: str | None, hub: Mapping[str, Any]) -> str:
-    taken = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
     try:
-        found = cached_file(where, name, revision=revision, **{key: hub[key] for key in taken if key in hub})
+        found = cached_file(where, name, revision=revision, **{key: hub[key] for key in HUB_ARGUMENTS if key in hub})
     except OSError as error:
         raise CheckpointError(f"{where} is no SteerMoE checkpoint, or an unfinished one: it has no {name}") from error
     if found is None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from transformers import PretrainedConfig
 
-__all__ = ["AUDIO_TOKEN", "SteerMoEConfig"]
+__all__ = ["AUDIO_TOKEN", "SteerMoEConfig", "check_arguments"]
 
 AUDIO_TOKEN = "<|audio|>"
 _POOLS = ("max", "mean", None)
@@ -77,6 +80,19 @@ class SteerMoEConfig(PretrainedConfig):
         self.audio_token_id = audio_token_id
         self.audio_padding = audio_padding
         super().__init__(**kwargs)
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """The fields that are this config's own."""
+        return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")]
+
+
+def check_arguments(function: str, given: Iterable[str], known: Collection[str]) -> None:
+    """TypeError, naming the first of ``given`` that is not ``known`` and the nearest that is, as Python itself would."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise TypeError(f"{function} has no argument {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}")
 
 
 def _check_number(name: str, value: Any, *, whole: bool = False) -> None:

@@ -19,7 +19,7 @@ from steermoe_kernels import FusedSteerMoE, steer_encoder
 from . import checkpoint_folder
 from .audio_frames import FrameCounts
 from .checkpoints import CheckpointError
-from .config import SteerMoEConfig
+from .config import SteerMoEConfig, check_arguments
 from .fingerprint import Fingerprint
 from .label_loss import chunked_cross_entropy
 from .loading import Backbone, cast, freeze, load_encoder, load_language_model, load_tokenizer
@@ -27,6 +27,10 @@ from .loading import Backbone, cast, freeze, load_encoder, load_language_model, 
 __all__ = ["SteerMoEForConditionalGeneration", "SteerMoEOutput"]
 
 IGNORED = -100  # a label that is none
+
+# What transformers' AutoModel and pipelines pass along, or their users do out of habit, and which changes nothing here.
+_AUTO_ARGUMENTS = {"_commit_hash", "_from_auto", "_from_pipeline", "adapter_kwargs", "code_revision", "trust_remote_code"}
+_AUTO_ARGUMENTS |= {"low_cpu_mem_usage", "use_safetensors", "weights_only"}
 
 
 # What transformers calls a cache of keys and values, as an argument and in outputs, has changed between versions.
@@ -113,17 +117,22 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio_model: Any,
         text_model: Any,
         *,
-        dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         attn_implementation: str | None = None,
         **config: Any,
     ) -> SteerMoEForConditionalGeneration:
         """A model with a new aligner between two backbones: hub ids, paths, or modules, which become part of the model and are frozen.
 
-        ``config`` holds fields of `SteerMoEConfig`. ``dtype`` is the backbones', "auto" for that of their files; the aligner is in float32
-        (float64 under a float64 encoder). A language model given as a module, and not from a hub or folder, needs ``audio_token_id``, the
-        processor's. BackboneError if a backbone cannot be had; ValueError for a wrong setting.
+        ``config`` holds fields of `SteerMoEConfig`. ``dtype`` (or ``torch_dtype``) is the backbones', float32 by default, "auto" for that of
+        their files; the aligner is in float32 (float64 under a float64 encoder). A language model given as a module, and not from a hub or folder, needs ``audio_token_id``, the
+        processor's. BackboneError if a backbone cannot be had; ValueError for a wrong setting, TypeError for one there is not.
         """
+        fields = SteerMoEConfig.field_names()
+        check_arguments("from_backbones", config, [*fields, "dtype", "torch_dtype", "device", "attn_implementation"])
+        if dtype is None:
+            dtype = torch.float32 if torch_dtype is None else torch_dtype
         settings = SteerMoEConfig(**config)
         audio = load_encoder(audio_model, revision=settings.audio_revision, attn_implementation=attn_implementation)
         text = load_language_model(text_model, revision=settings.text_revision, attn_implementation=attn_implementation)
@@ -139,7 +148,10 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cls, config: SteerMoEConfig, audio: Backbone, text: Backbone, dtype: torch.dtype | str, device: torch.device | str | None
     ) -> SteerMoEForConditionalGeneration:
         if isinstance(dtype, str) and dtype != "auto":
-            dtype = getattr(torch, dtype.removeprefix("torch."))
+            named = getattr(torch, dtype.removeprefix("torch."), None)
+            if not isinstance(named, torch.dtype):
+                raise ValueError(f"dtype must be a torch.dtype, the name of one, or 'auto', got {dtype!r}")
+            dtype = named
         for backbone in (audio, text):
             if isinstance(dtype, torch.dtype):
                 cast(backbone.module, dtype)
@@ -400,6 +412,7 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio_model: Any = None,
         text_model: Any = None,
         dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         device_map: torch.device | str | None = None,
         attn_implementation: str | None = None,
@@ -410,15 +423,20 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> SteerMoEForConditionalGeneration:
         """Put a model together again from a folder or hub repository that `save_pretrained` filled, and the backbones it names.
 
-        ``audio_model`` and ``text_model`` say where the backbones are now: hub ids, paths or modules. ``dtype`` is the backbones', by
-        default what they had when the checkpoint was saved, "auto" for that of their files; ``device`` (or ``device_map``, one device) is
+        ``audio_model`` and ``text_model`` say where the backbones are now: hub ids, paths or modules. ``dtype`` (or ``torch_dtype``) is the
+        backbones', by default what they had when the checkpoint was saved, "auto" for that of their files; ``device`` (or ``device_map``, one device) is
         for all of it. ``check_backbones`` False leaves the backbones' fingerprints uncompared, for who has just done so. ``kwargs`` are
-        what hubs take: ``token``, ``cache_dir``, ``local_files_only``, ``subfolder``.
+        what hubs take: ``token``, ``cache_dir``, ``local_files_only``, ``subfolder``. TypeError for others.
 
         CheckpointError for a checkpoint that is cut off or damaged, or whose aligner was trained for other backbones than these, naming
         both; BackboneError for a backbone that cannot be had.
         """
-        kwargs.pop("torch_dtype", None)
+        own = [
+            name for name in inspect.signature(cls.from_pretrained).parameters if name not in ("pretrained_model_name_or_path", "kwargs")
+        ]
+        check_arguments("from_pretrained", kwargs.keys() - _AUTO_ARGUMENTS, [*own, *checkpoint_folder.HUB_ARGUMENTS])
+        if dtype is None:
+            dtype = torch_dtype
         saved = checkpoint_folder.read(pretrained_model_name_or_path, revision=revision, **kwargs)
         settings = saved.config if config is None else config
         if backend is not None:

@@ -106,6 +106,27 @@ def test_dtypes(stored: torch.dtype, tiny_encoder: Path, tiny_language_model: Pa
     assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
+def test_torch_dtype_is_dtype(saved: Path, tiny_encoder: Path, tiny_language_model: Path) -> None:
+    """Its older name in transformers."""
+    for again in (load(saved, torch_dtype=torch.bfloat16), transformers.AutoModel.from_pretrained(saved, torch_dtype="bfloat16")):
+        assert again.dtype == torch.bfloat16 == next(again.language_model.parameters()).dtype
+    assert load(saved, dtype=torch.float16, torch_dtype=torch.bfloat16).dtype == torch.float16
+    new = SteerMoEForConditionalGeneration.from_backbones(tiny_encoder, tiny_language_model, torch_dtype=torch.bfloat16)
+    assert new.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"dtype must be a torch\.dtype, the name of one, or 'auto', got 'float33'"):
+        load(saved, dtype="float33")
+
+
+def test_arguments_that_do_not_exist(saved: Path, tiny_encoder: Path, tiny_language_model: Path) -> None:
+    with pytest.raises(TypeError, match=r"^from_pretrained has no argument 'devcie' \(did you mean 'device'\?\)$"):
+        load(saved, devcie="cpu")
+    with pytest.raises(TypeError, match=r"^from_pretrained has no argument 'quantization_config'$"):
+        transformers.AutoModel.from_pretrained(saved, quantization_config={})
+    with pytest.raises(TypeError, match=r"^from_backbones has no argument 'nmu_experts' \(did you mean 'num_experts'\?\)$"):
+        SteerMoEForConditionalGeneration.from_backbones(tiny_encoder, tiny_language_model, nmu_experts=3)
+    transformers.AutoModel.from_pretrained(saved, trust_remote_code=True, local_files_only=True, token=None, low_cpu_mem_usage=True)
+
+
 def test_backbones_that_have_moved(made: Model, saved: Path, tiny_encoder: Path, tiny_language_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_encoder, tmp_path / "moved")
     language_model = transformers.AutoModelForCausalLM.from_pretrained(tiny_language_model)
