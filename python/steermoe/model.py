@@ -125,9 +125,10 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> SteerMoEForConditionalGeneration:
         """A model with a new aligner between two backbones: hub ids, paths, or modules, which become part of the model and are frozen.
 
-        ``config`` holds fields of `SteerMoEConfig`. ``dtype`` (or ``torch_dtype``) is the backbones', float32 by default, "auto" for that of
-        their files; the aligner is in float32 (float64 under a float64 encoder). A language model given as a module, and not from a hub or folder, needs ``audio_token_id``, the
-        processor's. BackboneError if a backbone cannot be had; ValueError for a wrong setting, TypeError for one there is not.
+        ``config`` holds fields of `SteerMoEConfig`. ``dtype`` (or ``torch_dtype``) is the backbones', float32 by default, "auto" for that
+        of their files; the aligner is in float32 (float64 under a float64 encoder). A language model given as a module, and not from a hub
+        or folder, needs ``audio_token_id``, the processor's. BackboneError if a backbone cannot be had; ValueError for a wrong setting,
+        TypeError for one there is not.
         """
         fields = SteerMoEConfig.field_names()
         check_arguments("from_backbones", config, [*fields, "dtype", "torch_dtype", "device", "attn_implementation"])
@@ -369,18 +370,46 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """New tokens (B, up to max_new_tokens), without the prompt's. ``kwargs`` are those of transformers' ``generate``.
 
-        The batch must be padded on the left, as the processor pads prompts without answers: ValueError otherwise.
+        The batch must be padded on the left, as the processor pads prompts without answers: ValueError otherwise. Without
+        ``attention_mask`` the pad tokens that rows begin with are padding: ValueError for several rows where that cannot be told.
         """
-        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+        if attention_mask is None:
+            attention_mask = self._mask_of(input_ids, kwargs)
+        elif not bool(attention_mask[:, -1].all()):
             raise ValueError("attention_mask ends in padding, and generation continues at the end: pad on the left")
         embeds, _, _ = self._embed(input_ids, input_features, feature_lengths)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         own = kwargs.get("generation_config") or self.generation_config
         if own.pad_token_id is None and "pad_token_id" not in kwargs:
             end = kwargs.get("eos_token_id", own.eos_token_id)
             kwargs["pad_token_id"] = end[0] if isinstance(end, (list, tuple)) else end
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+
+    def _mask_of(self, input_ids: Tensor, settings: Mapping[str, Any]) -> Tensor:
+        """(B, S): 0 for the pad tokens that rows begin with."""
+        own = settings.get("generation_config") or self.generation_config
+        # A padded batch's pad token is known before generation's own: the language model's config may be all that names it.
+        pad = settings.get("pad_token_id", own.pad_token_id)
+        if pad is None:
+            pad = self.language_model.config.get_text_config().pad_token_id
+        mask = torch.ones_like(input_ids)
+        if pad is None:
+            if len(input_ids) > 1:
+                raise ValueError(
+                    "attention_mask is missing, and the language model names no pad token: give the processor's attention_mask"
+                )
+            return mask
+        begins, ends = input_ids[:, 0] == pad, input_ids[:, -1] == pad
+        end = settings.get("eos_token_id", own.eos_token_id)
+        if bool(ends.any()) and pad not in (end if isinstance(end, (list, tuple)) else [end]):
+            raise ValueError("input_ids end in padding, and generation continues at the end: pad on the left")
+        # The longest row has no padding. If it begins with the pad token too, that token is what texts begin with.
+        if bool(begins.all()) and pad == own.bos_token_id:
+            if len(input_ids) > 1:
+                raise ValueError(
+                    f"attention_mask is missing, and token {pad} is both padding and what texts begin with: give attention_mask"
+                )
+            return mask
+        return mask * (input_ids != pad).cumsum(-1).ne(0)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -424,9 +453,9 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Put a model together again from a folder or hub repository that `save_pretrained` filled, and the backbones it names.
 
         ``audio_model`` and ``text_model`` say where the backbones are now: hub ids, paths or modules. ``dtype`` (or ``torch_dtype``) is the
-        backbones', by default what they had when the checkpoint was saved, "auto" for that of their files; ``device`` (or ``device_map``, one device) is
-        for all of it. ``check_backbones`` False leaves the backbones' fingerprints uncompared, for who has just done so. ``kwargs`` are
-        what hubs take: ``token``, ``cache_dir``, ``local_files_only``, ``subfolder``. TypeError for others.
+        backbones', by default what they had when the checkpoint was saved, "auto" for that of their files; ``device`` (or ``device_map``,
+        one device) is for all of it. ``check_backbones`` False leaves the backbones' fingerprints uncompared, for who has just done so.
+        ``kwargs`` are what hubs take: ``token``, ``cache_dir``, ``local_files_only``, ``subfolder``; TypeError for others.
 
         CheckpointError for a checkpoint that is cut off or damaged, or whose aligner was trained for other backbones than these, naming
         both; BackboneError for a backbone that cannot be had.

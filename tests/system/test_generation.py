@@ -101,6 +101,42 @@ def test_padding_on_the_right_is_refused(made: Model) -> None:
         model.generate(**batch)
 
 
+def test_padding_is_told_without_a_mask(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = made
+    batch = processor(MIXED, ALL_CLIPS)
+    wanted = model.generate(**batch, **GREEDY)
+    mask = batch.pop("attention_mask")
+    assert not mask.all() and torch.equal(model.generate(**batch, **GREEDY), wanted)
+    # The pad token may also end turns, or begin texts that do not all begin with it.
+    monkeypatch.setattr(model.generation_config, "bos_token_id", 0)
+    assert torch.equal(model.generate(**batch, **GREEDY, eos_token_id=[2, 0]), wanted)
+    answered = processor(MIXED, ALL_CLIPS, answers=ANSWERS)
+    with pytest.raises(ValueError, match="input_ids end in padding, and generation continues at the end: pad on the left"):
+        model.generate(**{key: value for key, value in answered.items() if key not in ("labels", "attention_mask")}, **GREEDY)
+    texts = torch.tensor([[0, 0, 70, 71], [0, 72, 73, 74]])
+    with pytest.raises(ValueError, match="token 0 is both padding and what texts begin with: give attention_mask"):
+        model.generate(texts, **GREEDY)
+    alone = model.generate(texts[1:], **GREEDY)
+    assert torch.equal(alone, model.generate(texts[1:], torch.ones(1, 4, dtype=torch.long), **GREEDY))
+    monkeypatch.setattr(model.generation_config, "bos_token_id", None)
+    assert torch.equal(model.generate(texts, **GREEDY), model.generate(texts, (texts != 0).long(), **GREEDY))
+
+
+def test_several_rows_without_a_mask_or_a_pad_token_are_refused(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = made
+    monkeypatch.setattr(model.generation_config, "pad_token_id", None)
+    monkeypatch.setattr(model.language_model.config, "pad_token_id", None)
+    batch = processor(MIXED, ALL_CLIPS)
+    mask = batch.pop("attention_mask")
+    with pytest.raises(ValueError, match="attention_mask is missing, and the language model names no pad token: give the processor's"):
+        model.generate(**batch, **GREEDY)
+    model.generate(**batch, attention_mask=mask, **GREEDY)
+    single = processor(MIXED[0], CLIPS[0])
+    wanted = model.generate(**single, **GREEDY)
+    single.pop("attention_mask")
+    assert torch.equal(model.generate(**single, **GREEDY), wanted)
+
+
 def test_a_request_that_the_processor_refuses_is_named(made: Model, tmp_path: Path) -> None:
     """It gets no response, and the others of its batch do."""
     model, processor = made
