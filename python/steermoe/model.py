@@ -387,9 +387,8 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _mask_of(self, input_ids: Tensor, settings: Mapping[str, Any]) -> Tensor:
         """(B, S): 0 for the pad tokens that rows begin with."""
         own = settings.get("generation_config") or self.generation_config
-        # A padded batch's pad token is known before generation's own: the language model's config may be all that names it.
         pad = settings.get("pad_token_id", own.pad_token_id)
-        if pad is None:
+        if pad is None:  # the language model's config may be all that names it
             pad = self.language_model.config.get_text_config().pad_token_id
         mask = torch.ones_like(input_ids)
         if pad is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,15 +160,16 @@ class SteerMoEProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """A batch from one chat, or a list of chats, and the clips for their placeholders.
 
-        ``messages``: dicts with "role" and "content", a text in which each ``audio_token`` stands for one clip. ``audio``: the clips of all
+        ``messages``: dicts with "role" and "content", a text in which each ``audio_token`` stands for one clip, or a list of texts,
+        {"type": "text", "text": ...} and {"type": "audio"}. ``audio``: the clips of all
         chats in the order of their placeholders, mono float arrays at ``sampling_rate``. Where no chat has a placeholder, each gets one
         clip, or a single chat all of them, before the text of its last user turn. ``answers``, one a chat, make a batch to learn from:
         padded on the right, with ``labels`` that are -100 everywhere but on the answer and the end of its turn. Without them each chat
         ends where the model answers, and the padding is on the left.
 
         Returns ``input_ids``, ``attention_mask`` (B, S); with audio ``input_features``, one row a clip, and ``feature_lengths`` (clips,).
-        ValueError for a count of clips or answers that does not fit, and for audio that is empty, too long, of another rate, not mono,
-        not finite or far over full scale.
+        ValueError for a count of clips or answers that does not fit, for messages or answers that are not these, and for audio that is
+        empty, too long, of another rate, not mono, not finite or far over full scale.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
@@ -178,6 +179,9 @@ class SteerMoEProcessor(ProcessorMixin):
             answers = [answers] if isinstance(answers, str) else list(answers)
             if len(answers) != len(chats):
                 raise ValueError(f"answers must hold one text a chat, {len(chats)}, got {len(answers)}")
+            for index, answer in enumerate(answers):
+                if not isinstance(answer, str):
+                    raise ValueError(f"answers[{index}] must be a text, got {answer!r}")
         chats = self._with_placeholders(chats, len(clips))
         features, lengths = self._features(clips)
         soft = [int(self.counts.pooled(length, self.pool_size)) for length in lengths]
@@ -227,11 +231,24 @@ class SteerMoEProcessor(ProcessorMixin):
         if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
             raise ValueError(f"messages must be dicts with 'role' and 'content', got {turn!r}")
         content = turn["content"]
-        if not isinstance(content, str):
+        if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
             # The other form in use: a list of parts.
-            parts = [part if isinstance(part, Mapping) else {"type": "text", "text": part} for part in content]
-            content = "".join(self.audio_token if part.get("type") == "audio" else part.get("text", "") for part in parts)
+            content = "".join(self._part(part) for part in content)
+        if not isinstance(content, str):
+            raise ValueError(f"messages' content must be a text or a list of parts, got {content!r}")
         return {**turn, "content": content}
+
+    def _part(self, part: Any) -> str:
+        """What stands for one part of a turn in its text."""
+        if isinstance(part, str):
+            return part
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "audio":
+            return self.audio_token
+        if kind == "text" and isinstance(part.get("text"), str):
+            return str(part["text"])
+        shown = f"type {kind!r}" if isinstance(kind, str) and kind != "text" else repr(part)
+        raise ValueError(f"messages' parts must be texts, {{'type': 'text', 'text': ...}} or {{'type': 'audio'}}, got {shown}")
 
     def _with_placeholders(self, chats: list[list[dict[str, str]]], clips: int) -> list[list[dict[str, str]]]:
         counts = [sum(turn["content"].count(self.audio_token) for turn in chat) for chat in chats]
@@ -293,18 +310,35 @@ class SteerMoEProcessor(ProcessorMixin):
     def _clips(self, audio: Any, sampling_rate: int | None) -> list[np.ndarray]:
         if audio is None:
             return []
-        if isinstance(audio, (np.ndarray, torch.Tensor, Mapping)):
+        if isinstance(audio, (np.ndarray, torch.Tensor, Mapping, str, bytes, os.PathLike)):
             audio = [audio]
+        if not isinstance(audio, Iterable):
+            raise ValueError(f"audio must be a clip or a list of clips, got {audio!r}")
         return [self._clip(index, clip, sampling_rate) for index, clip in enumerate(audio)]
 
     def _clip(self, index: int, clip: Any, sampling_rate: int | None) -> np.ndarray:
         name = f"audio[{index}]"
         rate = sampling_rate
         if isinstance(clip, Mapping):  # as datasets decode audio
+            if "array" not in clip:
+                raise ValueError(
+                    f"{name} must have an 'array' and a 'sampling_rate', got a mapping with {', '.join(map(repr, clip)) or 'nothing'}"
+                )
             rate, clip = clip.get("sampling_rate", rate), clip["array"]
         if rate is not None and rate != self.sampling_rate:
             raise ValueError(f"{name} has {rate} samples a second, and the encoder needs {self.sampling_rate}: resample it")
-        samples = clip.detach().cpu().numpy() if isinstance(clip, torch.Tensor) else np.asarray(clip)
+        if isinstance(clip, torch.Tensor):
+            # NumPy has no bfloat16.
+            samples = (clip.float() if clip.is_floating_point() else clip).detach().cpu().numpy()
+        elif isinstance(clip, (str, bytes, os.PathLike)):
+            shown = f"{len(clip)} bytes" if isinstance(clip, bytes) else f"the name {os.fspath(clip)!r}"
+            raise ValueError(f"{name} must be an array of samples, got {shown}: decode it, as by steermoe.data.load_audio")
+        elif clip is None or isinstance(clip, (bool, int, float, np.generic)):
+            raise ValueError(
+                f"{name} must be an array of samples, got {clip!r}: give a single clip as an array, or several as a list of arrays"
+            )
+        else:
+            samples = np.asarray(clip)
         if samples.ndim != 1:
             raise ValueError(f"{name} must be mono, an array of one dimension, got shape {samples.shape}")
         if not np.issubdtype(samples.dtype, np.floating):
