@@ -179,9 +179,9 @@ class SteerMoEProcessor(ProcessorMixin):
             answers = [answers] if isinstance(answers, str) else list(answers)
             if len(answers) != len(chats):
                 raise ValueError(f"answers must hold one text a chat, {len(chats)}, got {len(answers)}")
-            for index, answer in enumerate(answers):
-                if not isinstance(answer, str):
-                    raise ValueError(f"answers[{index}] must be a text, got {answer!r}")
+            for index, given in enumerate(answers):
+                if not isinstance(given, str):
+                    raise ValueError(f"answers[{index}] must be a text, got {given!r}")
         chats = self._with_placeholders(chats, len(clips))
         features, lengths = self._features(clips)
         soft = [int(self.counts.pooled(length, self.pool_size)) for length in lengths]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from .corpus import Corpus, Example, Problem, decoded
+from .corpus import Corpus, Example, Problem, decoded, is_file
 
 PRIORITY = 10
 LOOKED_FOR = "a .csv with columns file_name, QuestionText and answer, or a folder with clotho_aqa_SPLIT.csv"
@@ -64,7 +64,11 @@ def read(path: str | os.PathLike[str], *, split: str | None = None, audio_dir: s
     rows: list[Example] = []
     for (name, question), (number, answers) in groups.items():
         where = f"{table}:{number}"
-        audio = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        try:
+            audio = next((folder / name for folder in folders if is_file(folder / name)), None)
+        except ValueError as error:
+            problems.append(Problem(where, str(error)))
+            continue
         if not answers:
             problems.append(Problem(where, "no answer"))
         elif audio is None:

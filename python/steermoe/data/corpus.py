@@ -18,6 +18,8 @@ from .audio import AudioError, AudioSource, duration_of, name_of
 
 # How many bad rows a message lists before it only counts.
 LISTED = 5
+# How many characters of a path that is too long for the system a message shows.
+SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,15 @@ def decoded(line: bytes) -> str:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1})") from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether a row's file is there. ValueError, with the system's reason, where that cannot be told: one row must not stop the others."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        shown = str(path) if len(str(path)) <= SHOWN else f"{str(path)[:SHOWN]}..."
+        raise ValueError(f"{shown} cannot be looked at ({error.strerror})") from error
 
 
 def lone_surrogate(text: str) -> str | None:
