@@ -1,4 +1,4 @@
-"""A model's folder on disk: the trained weights, the config, the backbones' fingerprints and a card; whole or not there.
+"""A model's folder on disk: the trained weights, the configs, the backbones' fingerprints and a card; whole or not there.
 
 Everything is written into a new folder beside the one wanted, flushed, and put in place by renaming. Where a model is saved over an
 earlier one, the earlier folder is moved aside for the moment between two renames, and `read` finds it there should that moment be its
@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.utils import cached_file
 
 from .checkpoints import SEAL, CheckpointError
@@ -30,22 +31,31 @@ from .model_card import model_card
 __all__ = ["SavedModel", "check_seal", "drop_stale_seal", "read", "read_weights", "write"]
 
 CONFIG_NAME, WEIGHTS_NAME, FINGERPRINTS_NAME, CARD_NAME = "config.json", "model.safetensors", "fingerprints.json", "README.md"
+GENERATION_NAME = "generation_config.json"
 PROCESSOR_NAME = "processor_config.json"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What `read` found: ``folder`` is what was asked for, ``fingerprints`` are by "audio" and "text"."""
+    """What `read` found: ``folder`` is what was asked for, ``fingerprints`` are by "audio" and "text".
+
+    ``generation_config`` is None for a model that was saved without.
+    """
 
     folder: str
     config: SteerMoEConfig
     weights: dict[str, Tensor]
     fingerprints: dict[str, Fingerprint]
+    generation_config: GenerationConfig | None = None
 
 
 def write(
-    folder: str | os.PathLike[str], config: SteerMoEConfig, weights: Mapping[str, Tensor], fingerprints: Mapping[str, Fingerprint]
+    folder: str | os.PathLike[str],
+    config: SteerMoEConfig,
+    weights: Mapping[str, Tensor],
+    fingerprints: Mapping[str, Fingerprint],
+    generation_config: GenerationConfig | None = None,
 ) -> None:
     """Save a model in ``folder``; other files in it stay. OSError, with the previous model in place, if that is not possible."""
     target = Path(os.path.abspath(folder))
@@ -57,6 +67,11 @@ def write(
     try:
         staging.chmod(0o777 & ~_umask())
         _write_files(staging, config, weights, fingerprints)
+        if generation_config is not None:
+            # Without transformers' own checks, which refuse settings that it only warns of when they are used.
+            generation_config.to_json_file(staging / GENERATION_NAME)
+        for path in [*staging.iterdir(), staging]:
+            _to_disk(path)
         _put_in_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -90,7 +105,20 @@ def read(name: str | os.PathLike[str], *, revision: str | None = None, **hub: An
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{config_path} is damaged: {error}") from error
     _check_processor(Path(config_path), config)
-    return SavedModel(where, config, weights, fingerprints)
+    return SavedModel(where, config, weights, fingerprints, _generation_config(where, revision, hub))
+
+
+def _generation_config(where: str, revision: str | None, hub: Mapping[str, Any]) -> GenerationConfig | None:
+    try:
+        path = _file(where, GENERATION_NAME, revision, hub)
+    except CheckpointError:  # a model need not have one
+        return None
+    settings = _json(path)
+    check_seal(Path(path).parent, [GENERATION_NAME])
+    try:
+        return GenerationConfig.from_dict(settings)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -151,8 +179,6 @@ def _write_files(folder: Path, config: SteerMoEConfig, weights: Mapping[str, Ten
     recorded = {kind: fingerprint.to_dict() for kind, fingerprint in fingerprints.items()}
     (folder / FINGERPRINTS_NAME).write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
     (folder / CARD_NAME).write_text(model_card(config, plain), encoding="utf-8")
-    for path in [*folder.iterdir(), folder]:
-        _to_disk(path)
 
 
 def _put_in_place(staging: Path, target: Path) -> None:
@@ -161,14 +187,15 @@ def _put_in_place(staging: Path, target: Path) -> None:
     elif not (target / WEIGHTS_NAME).exists() or not _can_be_moved(target):
         # Nothing to lose, and others may be writing here; the weights come last, without which it is no model.
         (target / SEAL).unlink(missing_ok=True)
-        for name in (CARD_NAME, FINGERPRINTS_NAME, CONFIG_NAME, WEIGHTS_NAME):
-            os.replace(staging / name, target / name)
+        for name in (CARD_NAME, GENERATION_NAME, FINGERPRINTS_NAME, CONFIG_NAME, WEIGHTS_NAME):
+            if (staging / name).exists():
+                os.replace(staging / name, target / name)
         _to_disk(target)
     else:
         for path in target.iterdir():
             if not (staging / path.name).exists():
                 _link(path, staging / path.name)
-        drop_stale_seal(staging, (WEIGHTS_NAME, FINGERPRINTS_NAME))
+        drop_stale_seal(staging, (WEIGHTS_NAME, FINGERPRINTS_NAME, GENERATION_NAME))
         aside = _aside(target)
         os.rename(target, aside)
         try:

@@ -382,6 +382,8 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if own.pad_token_id is None and "pad_token_id" not in kwargs:
             end = kwargs.get("eos_token_id", own.eos_token_id)
             kwargs["pad_token_id"] = end[0] if isinstance(end, (list, tuple)) else end
+        if "generation_config" not in kwargs and self.generation_config is not self.language_model.generation_config:
+            kwargs["generation_config"] = self.generation_config  # another one was assigned
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
 
     def _mask_of(self, input_ids: Tensor, settings: Mapping[str, Any]) -> Tensor:
@@ -418,14 +420,15 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write the trained weights, the config, the backbones' fingerprints and a model card, as `checkpoint_folder.write` does.
+        """Write the trained weights, the model's and generation's configs, the backbones' fingerprints and a model card.
 
-        ``state_dict``: gathered weights of this model, where they are sharded. ``push_to_hub`` and what it takes are transformers'.
+        As `checkpoint_folder.write` does. ``state_dict``: gathered weights of this model, where they are sharded. ``push_to_hub`` and what
+        it takes are transformers'.
         """
         if not is_main_process:
             return
         weights = _aligner_part(state_dict) if state_dict is not None else self.aligner.state_dict()
-        checkpoint_folder.write(save_directory, self.config, weights, self.fingerprints)
+        checkpoint_folder.write(save_directory, self.config, weights, self.fingerprints, self.generation_config)
         if push_to_hub:
             wanted = ("commit_message", "private", "token", "revision", "create_pr", "tags")
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
@@ -492,6 +495,8 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model.aligner.load_state_dict(saved.weights)
         except RuntimeError as error:
             raise CheckpointError(f"{saved.folder} does not fit its own config: {error}") from error
+        if saved.generation_config is not None:
+            model.generation_config = model.language_model.generation_config = saved.generation_config
         return model
 
 

@@ -26,7 +26,7 @@ from steermoe.loading import BackboneError
 from steermoe_kernels import FusedSteerMoE
 
 Model = tuple[Any, Any]
-FILES = {"README.md", "config.json", "fingerprints.json", "model.safetensors"}
+FILES = {"README.md", "config.json", "fingerprints.json", "generation_config.json", "model.safetensors"}
 load = SteerMoEForConditionalGeneration.from_pretrained
 
 
@@ -106,6 +106,29 @@ def test_dtypes(stored: torch.dtype, tiny_encoder: Path, tiny_language_model: Pa
     assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_generation_config_is_saved(
+    in_place: bool, tiny_encoder: Path, tiny_language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changed, or another one."""
+    model, processor = build(tiny_encoder, tiny_language_model)
+    batch = processor(MIXED, ALL_CLIPS)
+    model.save_pretrained(tmp_path / "model")
+    if in_place:
+        monkeypatch.chdir(tmp_path / "model")
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert again.generation_config.max_new_tokens == 7 and again.generation_config is again.language_model.generation_config
+    assert again.generate(**batch, eos_token_id=[]).shape == (4, 7)
+    again.generation_config = transformers.GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=263)
+    assert again.generate(**batch).shape[1] <= 3
+    again.save_pretrained(tmp_path / "model")
+    assert load(tmp_path / "model").generation_config.eos_token_id == 263
+    (tmp_path / "model" / "generation_config.json").unlink()
+    assert load(tmp_path / "model").generation_config.max_new_tokens is None
+
+
 def test_torch_dtype_is_dtype(saved: Path, tiny_encoder: Path, tiny_language_model: Path) -> None:
     """Its older name in transformers."""
     for again in (load(saved, torch_dtype=torch.bfloat16), transformers.AutoModel.from_pretrained(saved, torch_dtype="bfloat16")):
@@ -167,7 +190,7 @@ def test_cut_off_weights(bytes_left: int, saved: Path) -> None:
         load(saved)
 
 
-@pytest.mark.parametrize("name", ["config.json", "fingerprints.json"])
+@pytest.mark.parametrize("name", ["config.json", "fingerprints.json", "generation_config.json"])
 def test_cut_off_text(name: str, saved: Path) -> None:
     (saved / name).write_text((saved / name).read_text()[:50])
     with pytest.raises(CheckpointError, match=f"{name} is cut off or damaged"):
@@ -182,7 +205,7 @@ def test_what_is_no_checkpoint(saved: Path, tiny_encoder: Path, tmp_path: Path) 
         load(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="is of a 'whisper' model, not of a 'steermoe' one"):
         load(tiny_encoder)
-    for name in FILES - {"README.md"}:
+    for name in FILES - {"README.md", "generation_config.json"}:
         folder = tmp_path / f"without-{name}"
         shutil.copytree(saved, folder)
         (folder / name).unlink()
@@ -385,10 +408,10 @@ def test_a_process_killed_while_saving_leaves_the_previous_model(moment: str, sa
         """
     )
     run = subprocess.run(
-        [sys.executable, "-c", script, str(saved), "7" if moment == "os.fsync" else "2"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, str(saved), "8" if moment == "os.fsync" else "2"], capture_output=True, text=True, check=True
     )
     marks = [float(line) for line in run.stdout.split()]
-    assert len(marks) == (7 if moment == "os.fsync" else 2) and set(marks) <= {before, before + 1}
+    assert len(marks) == (8 if moment == "os.fsync" else 2) and set(marks) <= {before, before + 1}
     assert marks[0] == before
     assert mark(saved) in (before, before + 1)
 
