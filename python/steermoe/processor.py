@@ -425,9 +425,9 @@ def _check_files(folder: Path) -> None:
     check_seal(folder, _FILES)
 
 
-def _origin(argument: str, model: Any, needed: str) -> str:
+def _origin(argument: str, model: Any, needed: str) -> str | os.PathLike[str]:
     if isinstance(model, (str, os.PathLike)):
-        return os.fspath(model)
+        return model
     name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
     if not name:
         raise BackboneError(f"{argument} is a module of no known origin: give its {needed} along with it")

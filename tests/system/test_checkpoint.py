@@ -445,6 +445,32 @@ def test_a_language_model_without_a_tokenizer(tiny_encoder: Path, tiny_language_
         SteerMoEForConditionalGeneration.from_backbones(tiny_encoder, tmp_path)
 
 
+def test_a_relative_folder_is_found_from_other_folders(
+    tiny_encoder: Path, tiny_language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the form that a hub's ids have, too."""
+    shutil.copytree(tiny_encoder, tmp_path / "bb" / "enc")
+    shutil.copytree(tiny_language_model, tmp_path / "bb" / "lm")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    language_model = transformers.AutoModelForCausalLM.from_pretrained("bb/lm")
+    for text_model in ("bb/lm", language_model):
+        model = SteerMoEForConditionalGeneration.from_backbones("bb/enc", text_model)
+        assert (model.config.audio_model, model.config.text_model) == (str(tmp_path / "bb" / "enc"), str(tmp_path / "bb" / "lm"))
+    model.save_pretrained("model")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["./enc", "~/enc", "bb/enc/", "a/b/enc", "bb\\enc", "bb/enc.pt", Path("bb/enc")], ids=str)
+def test_a_path_that_is_not_there_is_said_at_once(name: Any, tiny_encoder: Path, tiny_language_model: Path) -> None:
+    said = r"_model '.*enc.*' does not exist: give the id of a hub's repository or the path of a folder$"
+    for make in (SteerMoEForConditionalGeneration.from_backbones, SteerMoEProcessor.from_backbones):
+        for audio_model, text_model in ((name, tiny_language_model), (tiny_encoder, name)):
+            with pytest.raises(BackboneError, match=said):
+                make(audio_model, text_model)
+
+
 def test_modules_of_no_origin_are_asked_for(tiny_encoder: Path, tiny_language_model: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     encoder = tiny_backbones.ENCODERS["whisper"][0]()
