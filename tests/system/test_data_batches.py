@@ -218,6 +218,40 @@ def test_workers_share_the_log_and_its_limit(tmp_path: Path) -> None:
     batches._shutdown_workers()
 
 
+def test_a_line_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
+    """As a process that is killed leaves it; what is recorded afterwards is not part of it."""
+    log = BadRowLog(tmp_path / "bad_rows.jsonl")
+    log.error("m:1", "first")
+    log.error("m:2", "café")
+    whole = log.path.read_bytes()
+    for left in range(len(whole) - 1, whole.index(b"\n"), -1):
+        log.path.write_bytes(whole[:left])
+        again = BadRowLog(log.path)
+        assert [problem.where for problem in again.errors][:1] == ["m:1"]
+        again.warn("m:3", "third")
+        again.error("m:2", "café")
+        assert [str(problem) for problem in again.errors] == ["m:1: first", "m:2: café"] and len(again.warnings) == 1
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = BadRowLog(tmp_path / "run" / "bad_rows.jsonl", limit=2)
+    log.error("m:1", "first")
+    kept = log.path.read_bytes()
+    log.path.unlink()
+    log.path.mkdir()
+    log.error("m:2", "second")
+    log.warn("m:3", "third")
+    assert [problem.where for problem in log.errors] == ["m:2"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{log.path} cannot be written (Is a directory): bad rows are counted, and no longer recorded there"
+    ]
+    log.path.rmdir()
+    log.path.write_bytes(kept)
+    assert [problem.where for problem in log.errors] == ["m:1", "m:2"] and [problem.where for problem in log.warnings] == ["m:3"]
+    with pytest.raises(TooManyBadRows, match="3 bad rows"):
+        log.error("m:4", "fourth")
+
+
 def test_a_log_without_a_path_removes_its_file() -> None:
     log = BadRowLog()
     log.error("here", "why")

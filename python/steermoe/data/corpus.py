@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 import os
 import tempfile
@@ -15,6 +17,8 @@ from typing import Any, overload
 import numpy as np
 
 from .audio import AudioError, AudioSource, duration_of, name_of
+
+logger = logging.getLogger(__name__)
 
 # How many bad rows a message lists before it only counts.
 LISTED = 5
@@ -184,7 +188,8 @@ class BadRowLog:
 
     One JSON object a line (``where``, ``reason``, ``severity``: "error" or "warning"), each appended in one write, so DataLoader workers
     and ranks need no lock. A row is counted once however often it is met. ``path`` None takes a temporary file. Errors past ``limit``
-    raise `TooManyBadRows`; warnings (silent, clipped) never do.
+    raise `TooManyBadRows`; warnings (silent, clipped) never do. Where the file cannot be written (a full disk) the rows are kept in memory,
+    each process its own, and a warning says so once.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, limit: int = 100) -> None:
@@ -198,6 +203,7 @@ class BadRowLog:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._seen: set[tuple[str, Problem]] = set()
+        self._unwritten: list[tuple[str, Problem]] = []
 
     def error(self, where: str, reason: str) -> None:
         """Record a row that is lost. TooManyBadRows if that makes more than ``limit``."""
@@ -225,20 +231,36 @@ class BadRowLog:
             return False
         self._seen.add(key)
         line = json.dumps({"where": where, "reason": reason, "severity": severity}, ensure_ascii=False) + "\n"
-        with open(self.path, "ab", buffering=0) as file:
-            # A lone surrogate in a name is written as JSON escapes it.
-            file.write(line.encode("utf-8", errors="backslashreplace"))
+        # A lone surrogate in a name is written as JSON escapes it.
+        content = line.encode("utf-8", errors="backslashreplace")
+        try:
+            with open(self.path, "ab+", buffering=0) as file:
+                # What a process was stopped in the middle of stays a line of its own, which is passed over.
+                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                    content = b"\n" + content
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if not self._unwritten:
+                logger.warning("%s cannot be written (%s): bad rows are counted, and no longer recorded there", self.path, error.strerror)
+            self._unwritten.append(key)
         return True
 
     def _read(self, severity: str) -> list[Problem]:
-        if not self.path.exists():
-            return []
         found: dict[Problem, None] = {}
-        with open(self.path, encoding="utf-8") as file:
-            for line in file:
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except OSError:  # not there yet, or not to be had: what could not be written is in memory
+            lines = []
+        for line in lines:
+            try:
                 entry = json.loads(line)
                 if entry["severity"] == severity:
                     found[Problem(entry["where"], entry["reason"])] = None
+            except (ValueError, KeyError, TypeError):
+                # Blank, or cut off when its process was stopped: the row is recorded again when it is met again.
+                continue
+        found |= {problem: None for kind, problem in self._unwritten if kind == severity}
         return list(found)
 
 
