@@ -1,4 +1,4 @@
-"""A model's folder on disk: the trained weights, the config, the backbones' fingerprints and a card; whole or not there.
+"""A model's folder on disk: the trained weights, the configs, the backbones' fingerprints and a card; whole or not there.
 
 Everything is written into a new folder beside the one wanted, flushed, and put in place by renaming. Where a model is saved over an
 earlier one, the earlier folder is moved aside for the moment between two renames, and `read` finds it there should that moment be its
@@ -7,11 +7,12 @@ last: a save that is cut off, by a crash or a full disk, leaves the previous mod
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,30 +20,42 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.utils import cached_file
 
-from .checkpoints import CheckpointError
+from .checkpoints import SEAL, CheckpointError
 from .config import SteerMoEConfig
 from .fingerprint import Fingerprint
 from .model_card import model_card
 
-__all__ = ["SavedModel", "read", "write"]
+__all__ = ["SavedModel", "check_seal", "drop_stale_seal", "read", "read_weights", "write"]
 
 CONFIG_NAME, WEIGHTS_NAME, FINGERPRINTS_NAME, CARD_NAME = "config.json", "model.safetensors", "fingerprints.json", "README.md"
+GENERATION_NAME = "generation_config.json"
+PROCESSOR_NAME = "processor_config.json"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What `read` found: ``folder`` is what was asked for, ``fingerprints`` are by "audio" and "text"."""
+    """What `read` found: ``folder`` is what was asked for, ``fingerprints`` are by "audio" and "text".
+
+    ``generation_config`` is None for a model that was saved without.
+    """
 
     folder: str
     config: SteerMoEConfig
     weights: dict[str, Tensor]
     fingerprints: dict[str, Fingerprint]
+    generation_config: GenerationConfig | None = None
 
 
 def write(
-    folder: str | os.PathLike[str], config: SteerMoEConfig, weights: Mapping[str, Tensor], fingerprints: Mapping[str, Fingerprint]
+    folder: str | os.PathLike[str],
+    config: SteerMoEConfig,
+    weights: Mapping[str, Tensor],
+    fingerprints: Mapping[str, Fingerprint],
+    generation_config: GenerationConfig | None = None,
 ) -> None:
     """Save a model in ``folder``; other files in it stay. OSError, with the previous model in place, if that is not possible."""
     target = Path(os.path.abspath(folder))
@@ -54,13 +67,22 @@ def write(
     try:
         staging.chmod(0o777 & ~_umask())
         _write_files(staging, config, weights, fingerprints)
+        if generation_config is not None:
+            # Without transformers' own checks, which refuse settings that it only warns of when they are used.
+            generation_config.to_json_file(staging / GENERATION_NAME)
+        for path in [*staging.iterdir(), staging]:
+            _to_disk(path)
         _put_in_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def read(name: str | os.PathLike[str], *, revision: str | None = None, **hub: Any) -> SavedModel:
-    """A saved model, from a folder or a hub's repository. CheckpointError, naming the file, if any of it is missing, cut off or damaged."""
+    """A saved model, from a folder or a hub's repository.
+
+    CheckpointError, naming the file, if any of it is missing, cut off or damaged, is not what the seal of a training run's checkpoint
+    says, or does not go with the processor beside it.
+    """
     where = os.fspath(name)
     if os.path.isabs(where) or os.path.exists(where) or where.startswith("."):
         _put_back(Path(os.path.abspath(where)))
@@ -70,18 +92,82 @@ def read(name: str | os.PathLike[str], *, revision: str | None = None, **hub: An
     settings = _json(config_path)
     if settings.get("model_type") != SteerMoEConfig.model_type:
         raise CheckpointError(f"{config_path} is of a {settings.get('model_type')!r} model, not of a 'steermoe' one")
-    recorded = _json(_file(where, FINGERPRINTS_NAME, revision, hub))
-    try:
-        weights = load_file(weights_path)
-    except (SafetensorError, OSError, ValueError) as error:
-        size = os.path.getsize(weights_path)
-        raise CheckpointError(f"{weights_path} ({size} bytes) is cut off or damaged: {error}") from error
+    fingerprints_path = _file(where, FINGERPRINTS_NAME, revision, hub)
+    recorded = _json(fingerprints_path)
+    check_seal(Path(fingerprints_path).parent, [FINGERPRINTS_NAME])
+    weights = read_weights(weights_path)
     try:
         fingerprints = {kind: Fingerprint.from_dict(recorded[kind]) for kind in ("audio", "text")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{fingerprints_path} is damaged, it is not what was saved: {error}") from error
+    try:
         config = SteerMoEConfig.from_dict(settings)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{where} is damaged, its {CONFIG_NAME} or {FINGERPRINTS_NAME} is not what was saved: {error}") from error
-    return SavedModel(where, config, weights, fingerprints)
+        raise CheckpointError(f"{config_path} is damaged: {error}") from error
+    _check_processor(Path(config_path), config)
+    return SavedModel(where, config, weights, fingerprints, _generation_config(where, revision, hub))
+
+
+def _generation_config(where: str, revision: str | None, hub: Mapping[str, Any]) -> GenerationConfig | None:
+    try:
+        path = _file(where, GENERATION_NAME, revision, hub)
+    except CheckpointError:  # a model need not have one
+        return None
+    settings = _json(path)
+    check_seal(Path(path).parent, [GENERATION_NAME])
+    try:
+        return GenerationConfig.from_dict(settings)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The trained weights in ``path``, by name. CheckpointError if they are cut off, damaged or not what the seal beside them says."""
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        raise CheckpointError(f"{path} ({size} bytes) is cut off or damaged: {error}") from error
+    check_seal(Path(path).parent, [Path(path).name])
+    return weights
+
+
+def check_seal(folder: Path, names: Iterable[str]) -> None:
+    """CheckpointError, naming the file, for one of ``names`` in ``folder`` that is not what the seal there says, if there is a seal."""
+    if not (folder / SEAL).is_file():
+        return
+    sealed = _json(str(folder / SEAL)).get("files")
+    if not isinstance(sealed, dict):
+        raise CheckpointError(f"{folder / SEAL} is damaged: it lists no files")
+    for name in names:
+        path, entry = folder / name, sealed.get(name)
+        if entry is None:
+            continue
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, and {SEAL} beside it lists it")
+        if not isinstance(entry, dict) or hashlib.sha256(path.read_bytes()).hexdigest() != entry.get("sha256"):
+            raise CheckpointError(f"{path} is damaged or was changed: its SHA-256 is not the one in {SEAL} beside it")
+
+
+def drop_stale_seal(folder: Path, names: Iterable[str]) -> None:
+    """Remove the seal of ``folder`` if ``names`` have been saved anew there, and are no longer what it says."""
+    try:
+        check_seal(folder, names)
+    except CheckpointError:
+        (folder / SEAL).unlink()
+
+
+def _check_processor(config_path: Path, config: SteerMoEConfig) -> None:
+    """CheckpointError where the processor in the same folder makes another number of audio tokens than the model."""
+    beside = config_path.with_name(PROCESSOR_NAME)
+    if not beside.is_file():
+        return
+    saved = _json(str(beside))
+    for key in ("pool_size", "audio_padding"):
+        if key in saved and saved[key] != getattr(config, key):
+            raise CheckpointError(
+                f"{config_path} says {key} {getattr(config, key)!r}, and {beside.name} beside it {saved[key]!r}: one of them was altered"
+            )
 
 
 def _write_files(folder: Path, config: SteerMoEConfig, weights: Mapping[str, Tensor], fingerprints: Mapping[str, Fingerprint]) -> None:
@@ -93,8 +179,6 @@ def _write_files(folder: Path, config: SteerMoEConfig, weights: Mapping[str, Ten
     recorded = {kind: fingerprint.to_dict() for kind, fingerprint in fingerprints.items()}
     (folder / FINGERPRINTS_NAME).write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
     (folder / CARD_NAME).write_text(model_card(config, plain), encoding="utf-8")
-    for path in [*folder.iterdir(), folder]:
-        _to_disk(path)
 
 
 def _put_in_place(staging: Path, target: Path) -> None:
@@ -102,13 +186,16 @@ def _put_in_place(staging: Path, target: Path) -> None:
         os.rename(staging, target)
     elif not (target / WEIGHTS_NAME).exists() or not _can_be_moved(target):
         # Nothing to lose, and others may be writing here; the weights come last, without which it is no model.
-        for name in (CARD_NAME, FINGERPRINTS_NAME, CONFIG_NAME, WEIGHTS_NAME):
-            os.replace(staging / name, target / name)
+        (target / SEAL).unlink(missing_ok=True)
+        for name in (CARD_NAME, GENERATION_NAME, FINGERPRINTS_NAME, CONFIG_NAME, WEIGHTS_NAME):
+            if (staging / name).exists():
+                os.replace(staging / name, target / name)
         _to_disk(target)
     else:
         for path in target.iterdir():
             if not (staging / path.name).exists():
                 _link(path, staging / path.name)
+        drop_stale_seal(staging, (WEIGHTS_NAME, FINGERPRINTS_NAME, GENERATION_NAME))
         aside = _aside(target)
         os.rename(target, aside)
         try:
@@ -158,9 +245,8 @@ def _link(source: Path, copy: Path) -> None:
 
 
 def _file(where: str, name: str, revision: str | None, hub: Mapping[str, Any]) -> str:
-    taken = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
     try:
-        found = cached_file(where, name, revision=revision, **{key: hub[key] for key in taken if key in hub})
+        found = cached_file(where, name, revision=revision, **{key: hub[key] for key in HUB_ARGUMENTS if key in hub})
     except OSError as error:
         raise CheckpointError(f"{where} is no SteerMoE checkpoint, or an unfinished one: it has no {name}") from error
     if found is None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from transformers import PretrainedConfig
 
-__all__ = ["AUDIO_TOKEN", "SteerMoEConfig"]
+__all__ = ["AUDIO_TOKEN", "SteerMoEConfig", "check_arguments"]
 
 AUDIO_TOKEN = "<|audio|>"
 _POOLS = ("max", "mean", None)
@@ -47,6 +50,12 @@ class SteerMoEConfig(PretrainedConfig):
         audio_padding: str = "longest",
         **kwargs: Any,
     ) -> None:
+        _check_number("num_experts", num_experts, whole=True)
+        if top_k is not None:
+            _check_number("top_k", top_k, whole=True)
+        _check_number("steering_scale", steering_scale)
+        if not isinstance(renormalize, bool):
+            raise ValueError(f"renormalize must be true or false, got {renormalize!r}")
         if pool not in _POOLS:
             raise ValueError(f"pool must be 'max', 'mean' or None, got {pool!r}")
         if not isinstance(pool_size, int) or pool_size < 1:
@@ -71,6 +80,25 @@ class SteerMoEConfig(PretrainedConfig):
         self.audio_token_id = audio_token_id
         self.audio_padding = audio_padding
         super().__init__(**kwargs)
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """The fields that are this config's own."""
+        return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")]
+
+
+def check_arguments(function: str, given: Iterable[str], known: Collection[str]) -> None:
+    """TypeError, naming the first of ``given`` that is not ``known`` and the nearest that is, as Python itself would."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise TypeError(f"{function} has no argument {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}")
+
+
+def _check_number(name: str, value: Any, *, whole: bool = False) -> None:
+    """ValueError for a field of a saved config, or an argument, that is no number: what reads it would not name it."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
 
 
 def check_audio_padding(audio_padding: str) -> None:

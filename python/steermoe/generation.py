@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .data.audio import AudioSource, Loudness, read_audio
+from .data.audio import AudioSource, Loudness, name_of, read_audio
 from .data.bucketing import batches_by_length
 from .data.collator import chat
 from .data.corpus import BadRowLog
@@ -76,7 +76,8 @@ def respond(
     """The responses, longest requests first, as they come.
 
     ``generation`` goes to ``model.generate``; greedy with at most `MAX_NEW_TOKENS` unless it says otherwise. Audio that cannot be decoded
-    (AudioError) and a prompt that does not fit (ValueError, as `chat`) raise, or with ``bad_rows`` are recorded and get no response.
+    (AudioError) and a prompt that does not fit (ValueError, as `chat` and the processor) raise, or with ``bad_rows`` are recorded and get
+    no response.
     ``num_workers`` processes decode ahead. ``progress`` is the text beside a progress bar on the error stream, None for no bar. ValueError
     for a ``batch_size`` below 1.
     """
@@ -119,6 +120,20 @@ class _Indexed(torch.utils.data.Dataset[Request]):
         return self._requests[index]
 
 
+class _Decoded(NamedTuple):
+    """A request with its audio."""
+
+    request: Request
+    loudness: Loudness
+    seconds: float
+    messages: list[dict[str, str]]
+    clips: list[np.ndarray]
+
+    @property
+    def measured(self) -> tuple[Request, Loudness, float]:
+        return self.request, self.loudness, self.seconds
+
+
 class _Preparation:
     """Decodes a batch of requests and gives it to the processor."""
 
@@ -127,31 +142,48 @@ class _Preparation:
         self._bad_rows = bad_rows
 
     def __call__(self, requests: Sequence[Request]) -> _Prepared:
-        answerable: list[tuple[Request, Loudness, float]] = []
-        silent: list[tuple[Request, Loudness, float]] = []
-        chats: list[list[dict[str, str]]] = []
-        samples: list[np.ndarray] = []
-        for request in requests:
+        decoded = [row for request in requests if (row := self._decoded(request)) is not None]
+        silent = [row for row in decoded if row.request.skip_silence and row.loudness.silent]
+        answerable = [row for row in decoded if not (row.request.skip_silence and row.loudness.silent)]
+        inputs = None
+        if answerable:
             try:
-                messages = chat(request.prompt, len(request.sections))
-                clips = [read_audio(request.audio, self._processor.sampling_rate, begin, end - begin) for begin, end in request.sections]
-            except ValueError as error:
-                if self._bad_rows is None:
-                    raise
-                self._bad_rows.error(request.where, str(error))
-                continue
-            loudness = Loudness.joined(clip.loudness for clip in clips)
-            if self._bad_rows is not None:
-                for warning in loudness.warnings:
-                    self._bad_rows.warn(request.where, warning)
-            if request.skip_silence and loudness.silent:
-                silent.append((request, loudness, sum(clip.seconds for clip in clips)))
-            else:
-                answerable.append((request, loudness, sum(clip.seconds for clip in clips)))
-                chats.append(messages)
-                samples += [clip.samples for clip in clips]
-        inputs = self._processor(messages=chats, audio=samples) if chats else None
-        return _Prepared(len(requests), answerable, silent, inputs)
+                inputs = self._processed(answerable)
+            except ValueError:
+                # Which request it was shows when each is taken by itself: a prompt past the language model's context, for instance.
+                answerable = [row for row in answerable if self._accepted(row)]
+                inputs = self._processed(answerable) if answerable else None
+        return _Prepared(len(requests), [row.measured for row in answerable], [row.measured for row in silent], inputs)
+
+    def _decoded(self, request: Request) -> _Decoded | None:
+        """What the processor gets of a request; None, and a line in the log, if it cannot be used."""
+        try:
+            messages = chat(request.prompt, len(request.sections))
+            clips = [read_audio(request.audio, self._processor.sampling_rate, begin, end - begin) for begin, end in request.sections]
+        except ValueError as error:
+            if self._bad_rows is None:
+                raise
+            self._bad_rows.error(request.where, str(error))
+            return None
+        loudness = Loudness.joined(clip.loudness for clip in clips)
+        if self._bad_rows is not None:
+            for warning in loudness.warnings:
+                self._bad_rows.warn(request.where, warning)
+        return _Decoded(request, loudness, sum(clip.seconds for clip in clips), messages, [clip.samples for clip in clips])
+
+    def _processed(self, rows: Sequence[_Decoded]) -> Any:
+        return self._processor(messages=[row.messages for row in rows], audio=[clip for row in rows for clip in row.clips])
+
+    def _accepted(self, row: _Decoded) -> bool:
+        """Whether the processor takes the request; a line in the log if it does not, and without one a ValueError that names it."""
+        try:
+            self._processed([row])
+        except ValueError as error:
+            if self._bad_rows is None:
+                raise ValueError(f"{row.request.where or name_of(row.request.audio)}: {error}") from error
+            self._bad_rows.error(row.request.where, str(error))
+            return False
+        return True
 
 
 @torch.inference_mode()

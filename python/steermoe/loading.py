@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ def load_encoder(source: Any, *, revision: str | None = None, attn_implementatio
     """
     if isinstance(source, nn.Module):
         return _given(_encoder_of(source), revision)
-    name = os.fspath(source)
+    name = _located("audio_model", source)
     if name.endswith(".pt"):
         return Backbone(module := _openai_whisper(name), name, None, Fingerprint.of(module))
     model = _load(AutoModel, "audio_model", _audio_place(name), revision, attn_implementation)
@@ -78,7 +77,7 @@ def load_language_model(source: Any, *, revision: str | None = None, attn_implem
     """The causal language model of ``source``: a hub id, a folder, or a module that is taken as it is. BackboneError as above."""
     if isinstance(source, nn.Module):
         return _given(source, revision)
-    name = os.fspath(source)
+    name = _located("text_model", source)
     model = _load(AutoModelForCausalLM, "text_model", _text_place(name), revision, attn_implementation)
     return Backbone(model, name, revision or _commit(model), Fingerprint.of(model))
 
@@ -88,11 +87,11 @@ def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = Non
 
     BackboneError if there is none, or if it has no chat template.
     """
-    name = os.fspath(source)
+    name = _located("text_model", source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(_text_place(name), revision=revision)
     except Exception as error:  # each tokenizer fails in its own way
-        raise BackboneError(f"text_model {name!r} has no tokenizer that can be loaded: {_first_line(error)}") from error
+        raise BackboneError(f"text_model {name!r} has no tokenizer that can be loaded: {first_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         # Without files, the library makes some kinds of tokenizer up, with nothing in them.
         raise BackboneError(f"text_model {name!r} has no tokenizer that can be loaded: its vocabulary is empty")
@@ -115,24 +114,41 @@ def with_audio_token(tokenizer: PreTrainedTokenizerBase, audio_token: str) -> An
 
 def load_feature_extractor(source: str | os.PathLike[str], *, revision: str | None = None) -> Any:
     """The feature extractor of an audio model. BackboneError if there is none."""
-    name = os.fspath(source)
+    name = _located("audio_model", source)
     if name.endswith(".pt"):
         return WhisperFeatureExtractor(feature_size=_openai_whisper(name).conv1.in_channels)
     try:
         return AutoFeatureExtractor.from_pretrained(_audio_place(name), revision=revision)
     except Exception as error:
-        raise BackboneError(f"audio_model {name!r} has no feature extractor that can be loaded: {_first_line(error)}") from error
+        raise BackboneError(f"audio_model {name!r} has no feature extractor that can be loaded: {first_line(error)}") from error
 
 
 def load_encoder_config(source: str | os.PathLike[str], *, revision: str | None = None) -> Any:
     """The config of an audio model, without its weights; of an openai-whisper file, its encoder. BackboneError if there is none."""
-    name = os.fspath(source)
+    name = _located("audio_model", source)
     if name.endswith(".pt"):
         return _openai_whisper(name)
     try:
         return AutoConfig.from_pretrained(_audio_place(name), revision=revision)
     except Exception as error:
-        raise BackboneError(f"audio_model {name!r} has no config that can be loaded: {_first_line(error)}") from error
+        raise BackboneError(f"audio_model {name!r} has no config that can be loaded: {first_line(error)}") from error
+
+
+def _located(argument: str, source: str | os.PathLike[str]) -> str:
+    """``source`` as it is recorded: a hub's id as given, and what is there as an absolute path, to be found from other folders, too.
+
+    BackboneError for what looks like a path and is not there: a hub would be asked for it, for half a minute where there is none.
+    """
+    name = os.fspath(source)
+    if name == SHIPPED:
+        return name
+    if os.path.isdir(name) or (name.endswith(".pt") and os.path.isfile(name)):
+        return os.path.abspath(name)
+    # An id is NAME or OWNER/NAME, and nothing else is one.
+    looks_local = name.startswith((".", "/", "~")) or name.endswith(("/", ".pt")) or os.path.isabs(name) or name.count("/") > 1
+    if isinstance(source, os.PathLike) or looks_local or "\\" in name:
+        raise BackboneError(f"{argument} {name!r} does not exist: give the id of a hub's repository or the path of a folder")
+    return name
 
 
 def _audio_place(name: str) -> str:
@@ -167,6 +183,8 @@ def freeze(module: nn.Module) -> None:
 
 def _given(module: nn.Module, revision: str | None) -> Backbone:
     name = getattr(module, "name_or_path", None) or getattr(getattr(module, "config", None), "_name_or_path", None) or None
+    if name and os.path.isdir(name):
+        name = os.path.abspath(name)
     return Backbone(module, name, revision or _commit(module), Fingerprint.of(module))
 
 
@@ -195,13 +213,10 @@ def _openai_whisper(path: str) -> Any:
     try:
         return _encoder_of(whisper.load_model(path, device="cpu"))
     except Exception as error:
-        raise BackboneError(f"audio_model {path!r} is no openai-whisper model: {_first_line(error)}") from error
+        raise BackboneError(f"audio_model {path!r} is no openai-whisper model: {first_line(error)}") from error
 
 
 def _load(kind: Any, argument: str, name: str, revision: str | None, attn_implementation: str | None) -> Any:
-    looks_local = name.startswith((".", "/", "~")) or os.path.isabs(name) or name.count("/") > 1
-    if looks_local and not Path(name).is_dir():
-        raise BackboneError(f"{argument} {name!r} does not exist: give the id of a hub's repository or the path of a folder")
     settings: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     # What is missing is an error here, and the library's own table of it would come first.
     verbosity = transformers_logging.get_verbosity()
@@ -209,7 +224,7 @@ def _load(kind: Any, argument: str, name: str, revision: str | None, attn_implem
     try:
         model, told = kind.from_pretrained(name, revision=revision, dtype="auto", output_loading_info=True, **settings)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise BackboneError(f"{argument} {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise BackboneError(f"{argument} {name!r} cannot be loaded: {first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing = sorted(key for key in told["missing_keys"] if not key.endswith(_UNUSED))
@@ -224,6 +239,6 @@ def _commit(model: Any) -> str | None:
     return getattr(getattr(model, "config", None), "_commit_hash", None)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

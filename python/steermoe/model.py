@@ -19,7 +19,7 @@ from steermoe_kernels import FusedSteerMoE, steer_encoder
 from . import checkpoint_folder
 from .audio_frames import FrameCounts
 from .checkpoints import CheckpointError
-from .config import SteerMoEConfig
+from .config import SteerMoEConfig, check_arguments
 from .fingerprint import Fingerprint
 from .label_loss import chunked_cross_entropy
 from .loading import Backbone, cast, freeze, load_encoder, load_language_model, load_tokenizer
@@ -27,6 +27,10 @@ from .loading import Backbone, cast, freeze, load_encoder, load_language_model, 
 __all__ = ["SteerMoEForConditionalGeneration", "SteerMoEOutput"]
 
 IGNORED = -100  # a label that is none
+
+# What transformers' AutoModel and pipelines pass along, or their users do out of habit, and which changes nothing here.
+_AUTO_ARGUMENTS = {"_commit_hash", "_from_auto", "_from_pipeline", "adapter_kwargs", "code_revision", "trust_remote_code"}
+_AUTO_ARGUMENTS |= {"low_cpu_mem_usage", "use_safetensors", "weights_only"}
 
 
 # What transformers calls a cache of keys and values, as an argument and in outputs, has changed between versions.
@@ -113,17 +117,23 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio_model: Any,
         text_model: Any,
         *,
-        dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         attn_implementation: str | None = None,
         **config: Any,
     ) -> SteerMoEForConditionalGeneration:
         """A model with a new aligner between two backbones: hub ids, paths, or modules, which become part of the model and are frozen.
 
-        ``config`` holds fields of `SteerMoEConfig`. ``dtype`` is the backbones', "auto" for that of their files; the aligner is in float32
-        (float64 under a float64 encoder). A language model given as a module, and not from a hub or folder, needs ``audio_token_id``, the
-        processor's. BackboneError if a backbone cannot be had; ValueError for a wrong setting.
+        ``config`` holds fields of `SteerMoEConfig`. ``dtype`` (or ``torch_dtype``) is the backbones', float32 by default, "auto" for that
+        of their files; the aligner is in float32 (float64 under a float64 encoder). A language model given as a module, and not from a hub
+        or folder, needs ``audio_token_id``, the processor's. BackboneError if a backbone cannot be had; ValueError for a wrong setting,
+        TypeError for one there is not.
         """
+        fields = SteerMoEConfig.field_names()
+        check_arguments("from_backbones", config, [*fields, "dtype", "torch_dtype", "device", "attn_implementation"])
+        if dtype is None:
+            dtype = torch.float32 if torch_dtype is None else torch_dtype
         settings = SteerMoEConfig(**config)
         audio = load_encoder(audio_model, revision=settings.audio_revision, attn_implementation=attn_implementation)
         text = load_language_model(text_model, revision=settings.text_revision, attn_implementation=attn_implementation)
@@ -139,7 +149,10 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cls, config: SteerMoEConfig, audio: Backbone, text: Backbone, dtype: torch.dtype | str, device: torch.device | str | None
     ) -> SteerMoEForConditionalGeneration:
         if isinstance(dtype, str) and dtype != "auto":
-            dtype = getattr(torch, dtype.removeprefix("torch."))
+            named = getattr(torch, dtype.removeprefix("torch."), None)
+            if not isinstance(named, torch.dtype):
+                raise ValueError(f"dtype must be a torch.dtype, the name of one, or 'auto', got {dtype!r}")
+            dtype = named
         for backbone in (audio, text):
             if isinstance(dtype, torch.dtype):
                 cast(backbone.module, dtype)
@@ -357,18 +370,47 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """New tokens (B, up to max_new_tokens), without the prompt's. ``kwargs`` are those of transformers' ``generate``.
 
-        The batch must be padded on the left, as the processor pads prompts without answers: ValueError otherwise.
+        The batch must be padded on the left, as the processor pads prompts without answers: ValueError otherwise. Without
+        ``attention_mask`` the pad tokens that rows begin with are padding: ValueError for several rows where that cannot be told.
         """
-        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+        if attention_mask is None:
+            attention_mask = self._mask_of(input_ids, kwargs)
+        elif not bool(attention_mask[:, -1].all()):
             raise ValueError("attention_mask ends in padding, and generation continues at the end: pad on the left")
         embeds, _, _ = self._embed(input_ids, input_features, feature_lengths)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         own = kwargs.get("generation_config") or self.generation_config
         if own.pad_token_id is None and "pad_token_id" not in kwargs:
             end = kwargs.get("eos_token_id", own.eos_token_id)
             kwargs["pad_token_id"] = end[0] if isinstance(end, (list, tuple)) else end
+        if "generation_config" not in kwargs and self.generation_config is not self.language_model.generation_config:
+            kwargs["generation_config"] = self.generation_config  # another one was assigned
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+
+    def _mask_of(self, input_ids: Tensor, settings: Mapping[str, Any]) -> Tensor:
+        """(B, S): 0 for the pad tokens that rows begin with."""
+        own = settings.get("generation_config") or self.generation_config
+        pad = settings.get("pad_token_id", own.pad_token_id)
+        if pad is None:  # the language model's config may be all that names it
+            pad = self.language_model.config.get_text_config().pad_token_id
+        mask = torch.ones_like(input_ids)
+        if pad is None:
+            if len(input_ids) > 1:
+                raise ValueError(
+                    "attention_mask is missing, and the language model names no pad token: give the processor's attention_mask"
+                )
+            return mask
+        begins, ends = input_ids[:, 0] == pad, input_ids[:, -1] == pad
+        end = settings.get("eos_token_id", own.eos_token_id)
+        if bool(ends.any()) and pad not in (end if isinstance(end, (list, tuple)) else [end]):
+            raise ValueError("input_ids end in padding, and generation continues at the end: pad on the left")
+        # The longest row has no padding. If it begins with the pad token too, that token is what texts begin with.
+        if bool(begins.all()) and pad == own.bos_token_id:
+            if len(input_ids) > 1:
+                raise ValueError(
+                    f"attention_mask is missing, and token {pad} is both padding and what texts begin with: give attention_mask"
+                )
+            return mask
+        return mask * (input_ids != pad).cumsum(-1).ne(0)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -378,14 +420,15 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write the trained weights, the config, the backbones' fingerprints and a model card, as `checkpoint_folder.write` does.
+        """Write the trained weights, the model's and generation's configs, the backbones' fingerprints and a model card.
 
-        ``state_dict``: gathered weights of this model, where they are sharded. ``push_to_hub`` and what it takes are transformers'.
+        As `checkpoint_folder.write` does. ``state_dict``: gathered weights of this model, where they are sharded. ``push_to_hub`` and what
+        it takes are transformers'.
         """
         if not is_main_process:
             return
         weights = _aligner_part(state_dict) if state_dict is not None else self.aligner.state_dict()
-        checkpoint_folder.write(save_directory, self.config, weights, self.fingerprints)
+        checkpoint_folder.write(save_directory, self.config, weights, self.fingerprints, self.generation_config)
         if push_to_hub:
             wanted = ("commit_message", "private", "token", "revision", "create_pr", "tags")
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
@@ -400,6 +443,7 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio_model: Any = None,
         text_model: Any = None,
         dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         device_map: torch.device | str | None = None,
         attn_implementation: str | None = None,
@@ -410,15 +454,20 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> SteerMoEForConditionalGeneration:
         """Put a model together again from a folder or hub repository that `save_pretrained` filled, and the backbones it names.
 
-        ``audio_model`` and ``text_model`` say where the backbones are now: hub ids, paths or modules. ``dtype`` is the backbones', by
-        default what they had when the checkpoint was saved, "auto" for that of their files; ``device`` (or ``device_map``, one device) is
-        for all of it. ``check_backbones`` False leaves the backbones' fingerprints uncompared, for who has just done so. ``kwargs`` are
-        what hubs take: ``token``, ``cache_dir``, ``local_files_only``, ``subfolder``.
+        ``audio_model`` and ``text_model`` say where the backbones are now: hub ids, paths or modules. ``dtype`` (or ``torch_dtype``) is the
+        backbones', by default what they had when the checkpoint was saved, "auto" for that of their files; ``device`` (or ``device_map``,
+        one device) is for all of it. ``check_backbones`` False leaves the backbones' fingerprints uncompared, for who has just done so.
+        ``kwargs`` are what hubs take: ``token``, ``cache_dir``, ``local_files_only``, ``subfolder``; TypeError for others.
 
         CheckpointError for a checkpoint that is cut off or damaged, or whose aligner was trained for other backbones than these, naming
         both; BackboneError for a backbone that cannot be had.
         """
-        kwargs.pop("torch_dtype", None)
+        own = [
+            name for name in inspect.signature(cls.from_pretrained).parameters if name not in ("pretrained_model_name_or_path", "kwargs")
+        ]
+        check_arguments("from_pretrained", kwargs.keys() - _AUTO_ARGUMENTS, [*own, *checkpoint_folder.HUB_ARGUMENTS])
+        if dtype is None:
+            dtype = torch_dtype
         saved = checkpoint_folder.read(pretrained_model_name_or_path, revision=revision, **kwargs)
         settings = saved.config if config is None else config
         if backend is not None:
@@ -446,6 +495,8 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model.aligner.load_state_dict(saved.weights)
         except RuntimeError as error:
             raise CheckpointError(f"{saved.folder} does not fit its own config: {error}") from error
+        if saved.generation_config is not None:
+            model.generation_config = model.language_model.generation_config = saved.generation_config
         return model
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,12 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from .audio_frames import FrameCounts
+from .checkpoint_folder import CONFIG_NAME, PROCESSOR_NAME, check_seal, drop_stale_seal
+from .checkpoints import CheckpointError
 from .config import AUDIO_TOKEN, check_audio_padding
-from .loading import BackboneError, load_encoder_config, load_feature_extractor, load_tokenizer, with_audio_token
+from .data.audio import LOUDEST_PEAK, wrong_scale
+from .data.corpus import lone_surrogate
+from .loading import BackboneError, first_line, load_encoder_config, load_feature_extractor, load_tokenizer, with_audio_token
 
 __all__ = ["SteerMoEProcessor"]
 
@@ -21,6 +27,11 @@ IGNORED = -100
 UNLIMITED_SECONDS = 30.0
 # Less audio gives no filterbank frame that could be normalised; it is filled up with silence.
 SHORTEST_SECONDS = 0.1
+
+# What transformers writes of a processor. Of the vocabularies there is one, as the kind of tokenizer has it.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+_EXTRACTOR_NAME = "preprocessor_config.json"
+_FILES = (PROCESSOR_NAME, "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", _EXTRACTOR_NAME, *_VOCABULARIES)
 
 Chat = Sequence[Mapping[str, Any]]
 
@@ -88,6 +99,31 @@ class SteerMoEProcessor(ProcessorMixin):
             audio_token=audio_token,
         )
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> SteerMoEProcessor:
+        """The processor that `save_pretrained` left in a folder or hub repository; ``kwargs`` are transformers'.
+
+        CheckpointError, naming the folder or file, if it is not there, cut off or damaged.
+        """
+        where = os.fspath(pretrained_model_name_or_path)
+        if os.path.isdir(where):
+            _check_files(Path(where) / (kwargs.get("subfolder") or ""))
+        elif os.path.isabs(where) or where.startswith((".", "~")) or where.count("/") > 1:
+            raise CheckpointError(f"there is no processor at {where}")
+        try:
+            processor: SteerMoEProcessor = super().from_pretrained(where, **kwargs)
+        except Exception as error:  # each tokenizer and extractor fails in its own way
+            raise CheckpointError(f"{where} holds no processor that can be loaded: {first_line(error)}") from error
+        return processor
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Write the processor's files into ``save_directory``; the arguments are transformers'."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        drop_stale_seal(Path(save_directory), _FILES)
+        return saved
+
     @property
     def counts(self) -> FrameCounts:
         """The arithmetic of the encoder."""
@@ -124,15 +160,16 @@ class SteerMoEProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """A batch from one chat, or a list of chats, and the clips for their placeholders.
 
-        ``messages``: dicts with "role" and "content", a text in which each ``audio_token`` stands for one clip. ``audio``: the clips of all
+        ``messages``: dicts with "role" and "content", a text in which each ``audio_token`` stands for one clip, or a list of texts,
+        {"type": "text", "text": ...} and {"type": "audio"}. ``audio``: the clips of all
         chats in the order of their placeholders, mono float arrays at ``sampling_rate``. Where no chat has a placeholder, each gets one
         clip, or a single chat all of them, before the text of its last user turn. ``answers``, one a chat, make a batch to learn from:
         padded on the right, with ``labels`` that are -100 everywhere but on the answer and the end of its turn. Without them each chat
         ends where the model answers, and the padding is on the left.
 
         Returns ``input_ids``, ``attention_mask`` (B, S); with audio ``input_features``, one row a clip, and ``feature_lengths`` (clips,).
-        ValueError for a count of clips or answers that does not fit, and for audio that is empty, too long, of another rate, not mono or
-        not finite.
+        ValueError for a count of clips or answers that does not fit, for messages or answers that are not these, and for audio that is
+        empty, too long, of another rate, not mono, not finite or far over full scale.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
@@ -142,6 +179,9 @@ class SteerMoEProcessor(ProcessorMixin):
             answers = [answers] if isinstance(answers, str) else list(answers)
             if len(answers) != len(chats):
                 raise ValueError(f"answers must hold one text a chat, {len(chats)}, got {len(answers)}")
+            for index, given in enumerate(answers):
+                if not isinstance(given, str):
+                    raise ValueError(f"answers[{index}] must be a text, got {given!r}")
         chats = self._with_placeholders(chats, len(clips))
         features, lengths = self._features(clips)
         soft = [int(self.counts.pooled(length, self.pool_size)) for length in lengths]
@@ -160,7 +200,7 @@ class SteerMoEProcessor(ProcessorMixin):
             answer = [] if answers is None else self._answer(chat, prompt, answers[index])
             rows.append(expanded + answer)
             labels.append([IGNORED] * len(expanded) + answer)
-            self._check_fits(index, len(rows[-1]))
+            self._check_fits(f"chat {index}" if len(chats) > 1 else "the chat", len(rows[-1]))
         if at != len(clips):
             raise ValueError(f"the chat template must keep every {self.audio_token}: of {len(clips)} placeholders it kept {at}")
 
@@ -191,11 +231,24 @@ class SteerMoEProcessor(ProcessorMixin):
         if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
             raise ValueError(f"messages must be dicts with 'role' and 'content', got {turn!r}")
         content = turn["content"]
-        if not isinstance(content, str):
+        if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
             # The other form in use: a list of parts.
-            parts = [part if isinstance(part, Mapping) else {"type": "text", "text": part} for part in content]
-            content = "".join(self.audio_token if part.get("type") == "audio" else part.get("text", "") for part in parts)
+            content = "".join(self._part(part) for part in content)
+        if not isinstance(content, str):
+            raise ValueError(f"messages' content must be a text or a list of parts, got {content!r}")
         return {**turn, "content": content}
+
+    def _part(self, part: Any) -> str:
+        """What stands for one part of a turn in its text."""
+        if isinstance(part, str):
+            return part
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "audio":
+            return self.audio_token
+        if kind == "text" and isinstance(part.get("text"), str):
+            return str(part["text"])
+        shown = f"type {kind!r}" if isinstance(kind, str) and kind != "text" else repr(part)
+        raise ValueError(f"messages' parts must be texts, {{'type': 'text', 'text': ...}} or {{'type': 'audio'}}, got {shown}")
 
     def _with_placeholders(self, chats: list[list[dict[str, str]]], clips: int) -> list[list[dict[str, str]]]:
         counts = [sum(turn["content"].count(self.audio_token) for turn in chat) for chat in chats]
@@ -225,6 +278,8 @@ class SteerMoEProcessor(ProcessorMixin):
         return str(text)
 
     def _encode(self, text: str) -> list[int]:
+        if fault := lone_surrogate(text):
+            raise ValueError(f"messages and answers must be text, and one holds {fault}")
         # The template has written the beginning of the text, where the model has one.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -245,28 +300,45 @@ class SteerMoEProcessor(ProcessorMixin):
             ids = self._encode(answer)
         return ids if end is None else [*ids, end]
 
-    def _check_fits(self, index: int, tokens: int) -> None:
+    def _check_fits(self, name: str, tokens: int) -> None:
         limit = self.tokenizer.model_max_length
         if tokens > limit:
-            raise ValueError(f"chat {index} comes to {tokens} tokens with its audio, and the language model takes {limit}")
+            raise ValueError(f"{name} comes to {tokens} tokens with its audio, and the language model takes {limit}")
 
     # Audio
 
     def _clips(self, audio: Any, sampling_rate: int | None) -> list[np.ndarray]:
         if audio is None:
             return []
-        if isinstance(audio, (np.ndarray, torch.Tensor, Mapping)):
+        if isinstance(audio, (np.ndarray, torch.Tensor, Mapping, str, bytes, os.PathLike)):
             audio = [audio]
+        if not isinstance(audio, Iterable):
+            raise ValueError(f"audio must be a clip or a list of clips, got {audio!r}")
         return [self._clip(index, clip, sampling_rate) for index, clip in enumerate(audio)]
 
     def _clip(self, index: int, clip: Any, sampling_rate: int | None) -> np.ndarray:
         name = f"audio[{index}]"
         rate = sampling_rate
         if isinstance(clip, Mapping):  # as datasets decode audio
+            if "array" not in clip:
+                raise ValueError(
+                    f"{name} must have an 'array' and a 'sampling_rate', got a mapping with {', '.join(map(repr, clip)) or 'nothing'}"
+                )
             rate, clip = clip.get("sampling_rate", rate), clip["array"]
         if rate is not None and rate != self.sampling_rate:
             raise ValueError(f"{name} has {rate} samples a second, and the encoder needs {self.sampling_rate}: resample it")
-        samples = clip.detach().cpu().numpy() if isinstance(clip, torch.Tensor) else np.asarray(clip)
+        if isinstance(clip, torch.Tensor):
+            # NumPy has no bfloat16.
+            samples = (clip.float() if clip.is_floating_point() else clip).detach().cpu().numpy()
+        elif isinstance(clip, (str, bytes, os.PathLike)):
+            shown = f"{len(clip)} bytes" if isinstance(clip, bytes) else f"the name {os.fspath(clip)!r}"
+            raise ValueError(f"{name} must be an array of samples, got {shown}: decode it, as by steermoe.data.load_audio")
+        elif clip is None or isinstance(clip, (bool, int, float, np.generic)):
+            raise ValueError(
+                f"{name} must be an array of samples, got {clip!r}: give a single clip as an array, or several as a list of arrays"
+            )
+        else:
+            samples = np.asarray(clip)
         if samples.ndim != 1:
             raise ValueError(f"{name} must be mono, an array of one dimension, got shape {samples.shape}")
         if not np.issubdtype(samples.dtype, np.floating):
@@ -276,6 +348,8 @@ class SteerMoEProcessor(ProcessorMixin):
         samples = samples.astype(np.float32, copy=False)
         if not np.isfinite(samples).all():
             raise ValueError(f"{name} holds values that are not finite")
+        if (peak := float(np.abs(samples).max())) > LOUDEST_PEAK:
+            raise ValueError(f"{name} {wrong_scale(peak)}")
         # A resampler may leave a few samples more than asked for.
         if (seconds := samples.size / self.sampling_rate) > self.max_seconds + 0.01:
             raise ValueError(f"{name} is {seconds:.2f} s long, and the encoder takes {self.max_seconds:g} s: split it")
@@ -329,9 +403,31 @@ class SteerMoEProcessor(ProcessorMixin):
         return str(self.tokenizer.decode(*args, **kwargs))
 
 
-def _origin(argument: str, model: Any, needed: str) -> str:
+def _check_files(folder: Path) -> None:
+    """CheckpointError for a saved processor of which a file is missing, cut off, or not what the seal beside it says."""
+    here = {name for name in (*_FILES, CONFIG_NAME) if (folder / name).is_file()}
+    unfinished = f"{folder} holds no processor, or an unfinished one"
+    for name in (PROCESSOR_NAME, "tokenizer_config.json"):
+        if name not in here:
+            raise CheckpointError(f"{unfinished}: it has no {name}")
+    # Without this file the library makes some kinds of tokenizer up, with nothing in them.
+    if not here.intersection(_VOCABULARIES):
+        raise CheckpointError(f"{unfinished}: it has no {_VOCABULARIES[0]}")
+    contents: dict[str, Any] = {}
+    for name in sorted(here):
+        if name.endswith(".json"):
+            try:
+                contents[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{folder / name} is cut off or damaged: {error}") from error
+    if _EXTRACTOR_NAME not in here and "feature_extractor" not in contents[PROCESSOR_NAME]:
+        raise CheckpointError(f"{unfinished}: its {PROCESSOR_NAME} describes no feature extractor")
+    check_seal(folder, _FILES)
+
+
+def _origin(argument: str, model: Any, needed: str) -> str | os.PathLike[str]:
     if isinstance(model, (str, os.PathLike)):
-        return os.fspath(model)
+        return model
     name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
     if not name:
         raise BackboneError(f"{argument} is a module of no known origin: give its {needed} along with it")

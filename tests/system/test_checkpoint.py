@@ -21,12 +21,12 @@ from tiny_models import ALL_CLIPS, MIXED, build
 from torch import nn
 
 from steermoe import SteerMoEForConditionalGeneration, SteerMoEProcessor, checkpoint_folder
-from steermoe.checkpoints import CheckpointError
+from steermoe.checkpoints import SEAL, CheckpointError, seal, staging_folder
 from steermoe.loading import BackboneError
 from steermoe_kernels import FusedSteerMoE
 
 Model = tuple[Any, Any]
-FILES = {"README.md", "config.json", "fingerprints.json", "model.safetensors"}
+FILES = {"README.md", "config.json", "fingerprints.json", "generation_config.json", "model.safetensors"}
 load = SteerMoEForConditionalGeneration.from_pretrained
 
 
@@ -106,6 +106,50 @@ def test_dtypes(stored: torch.dtype, tiny_encoder: Path, tiny_language_model: Pa
     assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_generation_config_is_saved(
+    in_place: bool, tiny_encoder: Path, tiny_language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changed, or another one."""
+    model, processor = build(tiny_encoder, tiny_language_model)
+    batch = processor(MIXED, ALL_CLIPS)
+    model.save_pretrained(tmp_path / "model")
+    if in_place:
+        monkeypatch.chdir(tmp_path / "model")
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert again.generation_config.max_new_tokens == 7 and again.generation_config is again.language_model.generation_config
+    assert again.generate(**batch, eos_token_id=[]).shape == (4, 7)
+    again.generation_config = transformers.GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=263)
+    assert again.generate(**batch).shape[1] <= 3
+    again.save_pretrained(tmp_path / "model")
+    assert load(tmp_path / "model").generation_config.eos_token_id == 263
+    (tmp_path / "model" / "generation_config.json").unlink()
+    assert load(tmp_path / "model").generation_config.max_new_tokens is None
+
+
+def test_torch_dtype_is_dtype(saved: Path, tiny_encoder: Path, tiny_language_model: Path) -> None:
+    """Its older name in transformers."""
+    for again in (load(saved, torch_dtype=torch.bfloat16), transformers.AutoModel.from_pretrained(saved, torch_dtype="bfloat16")):
+        assert again.dtype == torch.bfloat16 == next(again.language_model.parameters()).dtype
+    assert load(saved, dtype=torch.float16, torch_dtype=torch.bfloat16).dtype == torch.float16
+    new = SteerMoEForConditionalGeneration.from_backbones(tiny_encoder, tiny_language_model, torch_dtype=torch.bfloat16)
+    assert new.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"dtype must be a torch\.dtype, the name of one, or 'auto', got 'float33'"):
+        load(saved, dtype="float33")
+
+
+def test_arguments_that_do_not_exist(saved: Path, tiny_encoder: Path, tiny_language_model: Path) -> None:
+    with pytest.raises(TypeError, match=r"^from_pretrained has no argument 'devcie' \(did you mean 'device'\?\)$"):
+        load(saved, devcie="cpu")
+    with pytest.raises(TypeError, match=r"^from_pretrained has no argument 'quantization_config'$"):
+        transformers.AutoModel.from_pretrained(saved, quantization_config={})
+    with pytest.raises(TypeError, match=r"^from_backbones has no argument 'nmu_experts' \(did you mean 'num_experts'\?\)$"):
+        SteerMoEForConditionalGeneration.from_backbones(tiny_encoder, tiny_language_model, nmu_experts=3)
+    transformers.AutoModel.from_pretrained(saved, trust_remote_code=True, local_files_only=True, token=None, low_cpu_mem_usage=True)
+
+
 def test_backbones_that_have_moved(made: Model, saved: Path, tiny_encoder: Path, tiny_language_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_encoder, tmp_path / "moved")
     language_model = transformers.AutoModelForCausalLM.from_pretrained(tiny_language_model)
@@ -146,7 +190,7 @@ def test_cut_off_weights(bytes_left: int, saved: Path) -> None:
         load(saved)
 
 
-@pytest.mark.parametrize("name", ["config.json", "fingerprints.json"])
+@pytest.mark.parametrize("name", ["config.json", "fingerprints.json", "generation_config.json"])
 def test_cut_off_text(name: str, saved: Path) -> None:
     (saved / name).write_text((saved / name).read_text()[:50])
     with pytest.raises(CheckpointError, match=f"{name} is cut off or damaged"):
@@ -161,7 +205,7 @@ def test_what_is_no_checkpoint(saved: Path, tiny_encoder: Path, tmp_path: Path) 
         load(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="is of a 'whisper' model, not of a 'steermoe' one"):
         load(tiny_encoder)
-    for name in FILES - {"README.md"}:
+    for name in FILES - {"README.md", "generation_config.json"}:
         folder = tmp_path / f"without-{name}"
         shutil.copytree(saved, folder)
         (folder / name).unlink()
@@ -174,6 +218,103 @@ def test_weights_of_another_size(made: Model, saved: Path, tiny_encoder: Path, t
     shutil.copy(tmp_path / "seven" / "model.safetensors", saved)
     with pytest.raises(CheckpointError, match=r"does not fit its own config: .*steering_vectors must be \(3, 4, 32\)"):
         load(saved)
+
+
+@pytest.fixture
+def sealed(saved: Path) -> Path:
+    """A saved model and processor, sealed as a training run seals its checkpoints."""
+    checkpoint = saved.with_name("checkpoint-5")
+    saved.rename(staging_folder(checkpoint))
+    seal(checkpoint)
+    return checkpoint
+
+
+def flip(path: Path, place: int = -1) -> None:
+    """Another value in one byte."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_the_seal_does_not_know_is_refused(sealed: Path) -> None:
+    """A changed weight is a weight all the same: nothing but the recorded SHA-256 tells."""
+    load(sealed), SteerMoEProcessor.from_pretrained(sealed)
+    for name in ("model.safetensors", "fingerprints.json"):
+        whole = (sealed / name).read_bytes()
+        if name == "model.safetensors":
+            flip(sealed / name)
+        else:
+            (sealed / name).write_text((sealed / name).read_text() + " ")
+        with pytest.raises(CheckpointError, match=rf"{name} is damaged or was changed: its SHA-256 is not the one in checkpoint\.json"):
+            load(sealed)
+        (sealed / name).write_bytes(whole)
+    load(sealed)
+    (sealed / "chat_template.jinja").write_text((sealed / "chat_template.jinja").read_text()[:40])
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is damaged or was changed"):
+        SteerMoEProcessor.from_pretrained(sealed)
+    (sealed / SEAL).write_text("{}")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json is damaged: it lists no files"):
+        load(sealed)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_model_saved_over_a_sealed_one_is_no_longer_sealed(
+    in_place: bool, made: Model, sealed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made[1].save_pretrained(sealed)
+    assert (sealed / SEAL).exists(), "the same processor again leaves the seal true"
+    before = made[0].aligner.layer_scales[0].item()
+    if in_place:
+        monkeypatch.chdir(sealed)
+    marked(made[0], before + 1)
+    made[0].save_pretrained(sealed)
+    marked(made[0], before)
+    assert not (sealed / SEAL).exists() and mark(sealed) == before + 1
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("steering_scale", "x", "steering_scale must be a number, got 'x'"),
+        ("num_experts", 4.5, "num_experts must be a whole number, got 4.5"),
+        ("top_k", "2", "top_k must be a whole number, got '2'"),
+        ("renormalize", "yes", "renormalize must be true or false, got 'yes'"),
+        ("pool_size", 0, "pool_size must be a whole number of at least 1, got 0"),
+        ("pool_size", 8, "says pool_size 8, and processor_config.json beside it 3: one of them was altered"),
+        ("audio_padding", "max_length", "says audio_padding 'max_length', and processor_config.json beside it 'longest'"),
+    ],
+)
+def test_an_altered_config_is_named_with_its_key(key: str, value: Any, said: str, saved: Path) -> None:
+    settings = json.loads((saved / "config.json").read_text()) | {key: value}
+    (saved / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=rf"{saved / 'config.json'} .*{said}"):
+        load(saved)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json"])
+def test_a_processor_that_is_cut_off_or_not_there(name: str, saved: Path, tmp_path: Path) -> None:
+    whole = (saved / name).read_bytes()
+    (saved / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=rf"{saved / name} is cut off or damaged: "):
+        SteerMoEProcessor.from_pretrained(saved)
+    (saved / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"^{saved} holds no processor, or an unfinished one: it has no {name}$"):
+        SteerMoEProcessor.from_pretrained(saved)
+    for where in ("/nope", "./nope", "a/b/c"):
+        with pytest.raises(CheckpointError, match=f"^there is no processor at {where}$"):
+            SteerMoEProcessor.from_pretrained(where)
+
+
+def test_a_processor_without_a_feature_extractor(saved: Path) -> None:
+    settings = json.loads((saved / "processor_config.json").read_text())
+    del settings["feature_extractor"]
+    (saved / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"its processor_config\.json describes no feature extractor$"):
+        SteerMoEProcessor.from_pretrained(saved)
+    settings["feature_extractor"] = {"feature_extractor_type": "NoSuchExtractor"}
+    (saved / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=rf"^{saved} holds no processor that can be loaded: "):
+        SteerMoEProcessor.from_pretrained(saved)
 
 
 # Saving
@@ -267,10 +408,10 @@ def test_a_process_killed_while_saving_leaves_the_previous_model(moment: str, sa
         """
     )
     run = subprocess.run(
-        [sys.executable, "-c", script, str(saved), "7" if moment == "os.fsync" else "2"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, str(saved), "8" if moment == "os.fsync" else "2"], capture_output=True, text=True, check=True
     )
     marks = [float(line) for line in run.stdout.split()]
-    assert len(marks) == (7 if moment == "os.fsync" else 2) and set(marks) <= {before, before + 1}
+    assert len(marks) == (8 if moment == "os.fsync" else 2) and set(marks) <= {before, before + 1}
     assert marks[0] == before
     assert mark(saved) in (before, before + 1)
 
@@ -302,6 +443,32 @@ def test_a_language_model_without_a_tokenizer(tiny_encoder: Path, tiny_language_
         shutil.copy(tiny_language_model / name, tmp_path)
     with pytest.raises(BackboneError, match=r"text_model '.*' has no tokenizer that can be loaded"):
         SteerMoEForConditionalGeneration.from_backbones(tiny_encoder, tmp_path)
+
+
+def test_a_relative_folder_is_found_from_other_folders(
+    tiny_encoder: Path, tiny_language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the form that a hub's ids have, too."""
+    shutil.copytree(tiny_encoder, tmp_path / "bb" / "enc")
+    shutil.copytree(tiny_language_model, tmp_path / "bb" / "lm")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    language_model = transformers.AutoModelForCausalLM.from_pretrained("bb/lm")
+    for text_model in ("bb/lm", language_model):
+        model = SteerMoEForConditionalGeneration.from_backbones("bb/enc", text_model)
+        assert (model.config.audio_model, model.config.text_model) == (str(tmp_path / "bb" / "enc"), str(tmp_path / "bb" / "lm"))
+    model.save_pretrained("model")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["./enc", "~/enc", "bb/enc/", "a/b/enc", "bb\\enc", "bb/enc.pt", Path("bb/enc")], ids=str)
+def test_a_path_that_is_not_there_is_said_at_once(name: Any, tiny_encoder: Path, tiny_language_model: Path) -> None:
+    said = r"_model '.*enc.*' does not exist: give the id of a hub's repository or the path of a folder$"
+    for make in (SteerMoEForConditionalGeneration.from_backbones, SteerMoEProcessor.from_backbones):
+        for audio_model, text_model in ((name, tiny_language_model), (tiny_encoder, name)):
+            with pytest.raises(BackboneError, match=said):
+                make(audio_model, text_model)
 
 
 def test_modules_of_no_origin_are_asked_for(tiny_encoder: Path, tiny_language_model: Path, tmp_path: Path) -> None:

@@ -69,6 +69,27 @@ def test_arrays() -> None:
         load_audio((np.full(100, np.nan, np.float32), 8000))
 
 
+def test_floats_at_the_scale_of_integers_are_refused(tmp_path: Path) -> None:
+    """And a little over full scale, as decoders leave it, is not."""
+    wave = tone(1.0, 16000)
+    soundfile.write(tmp_path / "a.wav", wave * 32768, 16000, subtype="FLOAT")
+    for source in (tmp_path / "a.wav", (wave * 32768, 16000)):
+        with pytest.raises(AudioError, match=r" has a peak of 16384, and full scale is 1: divide it by 32768 if its samples are 16-bit"):
+            load_audio(source)
+        with pytest.raises(AudioError, match="has a peak of 16384"):
+            list(blocks_of(source))
+    assert np.array_equal(load_audio((wave * 3, 16000)), wave * 3)
+
+
+def test_channels_that_cancel_out_are_silent() -> None:
+    """What is heard is their mean."""
+    wave = tone(0.5, 8000)
+    loudness = read_audio((np.stack([wave, -wave], axis=1), 8000), 8000).loudness
+    assert loudness.peak > 0.49 and loudness.silent
+    assert loudness.warnings == ["silent (its channels cancel each other out: their mean has a peak of 0.0e+00 of full scale)"]
+    assert not read_audio((np.stack([wave, 0 * wave], axis=1), 8000), 8000).loudness.silent
+
+
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3"])
 @pytest.mark.parametrize("rate", [16000, 22050])
 def test_a_section_is_what_the_whole_file_has_there(tmp_path: Path, name: str, rate: int) -> None:

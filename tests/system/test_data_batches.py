@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, skip_first_batches
 from tones import ToneProcessor, record, speak
 
+from steermoe import SteerMoEProcessor
 from steermoe.data import BadRowLog, Collator, Corpus, Example, LengthBucketSampler, TooManyBadRows
 from steermoe.data.bucketing import batches_by_length
 from steermoe.data.collator import chat
@@ -148,6 +149,36 @@ def test_bad_rows_leave_the_batch_and_are_named_once(tmp_path: Path) -> None:
         collator([Example(str(tmp_path / "gone.wav"), "x", where="m:9")])
 
 
+def test_texts_that_no_processor_takes_are_bad_rows(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, "one", "smile \ud83d", "hear <|audio|>", "four")
+    rows.append(Example(rows[0].audio, "five", prompt="\udc00?", where="m:4"))
+    collator = Collator(ToneProcessor(), bad_rows=BadRowLog(tmp_path / "bad_rows.jsonl", limit=3))
+    collator(rows)
+    assert collator.processor.calls[-1]["answers"] == ["one", "four"]
+    assert [str(problem) for problem in collator.bad_rows.errors] == [
+        r"m:1: text holds a lone surrogate ('\ud83d' at character 7): half of a character",
+        "m:2: text holds <|audio|>, which stands for audio in prompts: 'hear <|audio|>'",
+        r"m:4: prompt holds a lone surrogate ('\udc00' at character 1): half of a character",
+    ]
+    collator.bad_rows.warn("\ud83d.wav", "odd")
+    assert collator.bad_rows.warnings[0].where == "\ud83d.wav"
+
+
+def test_rows_that_the_processor_refuses_are_bad_rows(tmp_path: Path, tiny_encoder: Path, tiny_language_model: Path) -> None:
+    """Which of a batch it was, by name; the others are used, and so is none of them for a batch of nothing else."""
+    processor = SteerMoEProcessor.from_backbones(tiny_encoder, tiny_language_model)
+    processor.tokenizer.model_max_length = 200
+    rows = rows_of(tmp_path, "one", "x" * 300, "three", "y" * 400, words="one")
+    collator = Collator(processor, bad_rows=BadRowLog(limit=2), fallback=[rows[3], rows[2]])
+    assert torch.equal(collator(rows)["labels"], collator([rows[0], rows[2]])["labels"])
+    assert [problem.where for problem in collator.bad_rows.errors] == ["m:1", "m:3"]
+    assert "comes to 3" in collator.bad_rows.errors[0].reason and "the language model takes 200" in collator.bad_rows.errors[0].reason
+    assert torch.equal(collator([rows[1]])["labels"], collator([rows[2]])["labels"])
+    collator.bad_rows.limit = 1
+    with pytest.raises(TooManyBadRows, match=r"max_bad_rows allows 1(.|\n)*m:1: the chat comes to"):
+        collator([Example(rows[0].audio, "z" * 500, where="m:9")])
+
+
 def test_silent_and_clipped_rows_are_used_and_counted(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, "one")
     for name, samples in [("silent", np.zeros(8000)), ("clipped", np.clip(9 * speak("one"), -1, 1))]:
@@ -165,7 +196,8 @@ def test_a_batch_of_nothing_but_bad_rows_takes_one_from_the_corpus(tmp_path: Pat
     collator = Collator(processor, fallback=Corpus([bad, *rows_of(tmp_path, "one")]))
     collator([bad])
     collator([bad, bad])
-    assert [call["answers"] for call in processor.calls] == [["one"], ["one"]]
+    # Once more the first time: whether the processor takes the row is asked before it stands in for others.
+    assert [call["answers"] for call in processor.calls] == [["one"]] * 3
     assert len(collator.bad_rows.errors) == 1
 
 
@@ -184,6 +216,40 @@ def test_workers_share_the_log_and_its_limit(tmp_path: Path) -> None:
         list(batches)
     # Left to the garbage collector, torch waits five seconds for each worker.
     batches._shutdown_workers()
+
+
+def test_a_line_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
+    """As a process that is killed leaves it; what is recorded afterwards is not part of it."""
+    log = BadRowLog(tmp_path / "bad_rows.jsonl")
+    log.error("m:1", "first")
+    log.error("m:2", "café")
+    whole = log.path.read_bytes()
+    for left in range(len(whole) - 1, whole.index(b"\n"), -1):
+        log.path.write_bytes(whole[:left])
+        again = BadRowLog(log.path)
+        assert [problem.where for problem in again.errors][:1] == ["m:1"]
+        again.warn("m:3", "third")
+        again.error("m:2", "café")
+        assert [str(problem) for problem in again.errors] == ["m:1: first", "m:2: café"] and len(again.warnings) == 1
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = BadRowLog(tmp_path / "run" / "bad_rows.jsonl", limit=2)
+    log.error("m:1", "first")
+    kept = log.path.read_bytes()
+    log.path.unlink()
+    log.path.mkdir()
+    log.error("m:2", "second")
+    log.warn("m:3", "third")
+    assert [problem.where for problem in log.errors] == ["m:2"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{log.path} cannot be written (Is a directory): bad rows are counted, and no longer recorded there"
+    ]
+    log.path.rmdir()
+    log.path.write_bytes(kept)
+    assert [problem.where for problem in log.errors] == ["m:1", "m:2"] and [problem.where for problem in log.warnings] == ["m:3"]
+    with pytest.raises(TooManyBadRows, match="3 bad rows"):
+        log.error("m:4", "fourth")
 
 
 def test_a_log_without_a_path_removes_its_file() -> None:

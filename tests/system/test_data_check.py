@@ -44,6 +44,9 @@ def test_every_fault_is_found(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "stereo.wav", np.stack([speak("five"), speak("six")], axis=1), 16000)
     soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 16000)
     soundfile.write(tmp_path / "clipped.wav", np.clip(9 * speak("two"), -1, 1), 16000)
+    soundfile.write(tmp_path / "scale.wav", 32768 * speak("two"), 16000, subtype="FLOAT")
+    opposite = np.stack([speak("five"), -speak("five")], axis=1)
+    soundfile.write(tmp_path / "opposite.wav", opposite, 16000)
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "text.wav").write_text("transcript " * 100)
     (tmp_path / "cut.wav").write_bytes((tmp_path / "good.wav").read_bytes()[:20000])
@@ -60,15 +63,17 @@ def test_every_fault_is_found(tmp_path: Path) -> None:
         {"audio_filepath": "text.wav", "text": "x"},
         {"audio_filepath": "cut.wav", "text": "x"},
         {"audio_filepath": "gone.wav", "text": "x"},
+        {"audio_filepath": "scale.wav", "text": "x"},
+        {"audio_filepath": "opposite.wav", "text": "x"},
     )
     report = check(path)
 
     def lines(name: str) -> list[int]:
         return [int(problem.where.rpartition(":")[2]) for problem in report.finding(name)]
 
-    assert report.exit_status == 1 and report.rows == 11 and len(report.seconds) == 7
+    assert report.exit_status == 1 and report.rows == 13 and len(report.seconds) == 8
     assert lines("bad rows") == [11]
-    assert lines("unreadable audio") == [8, 9, 10]
+    assert lines("unreadable audio") == [8, 9, 10, 12]
     assert lines("empty texts") == [5, 6]
     assert lines("duplicate ids") == [2] and lines("duplicate audio") == [2]
     assert report.finding("duplicate audio")[0].reason == f"the same audio as {path}:1"
@@ -76,12 +81,12 @@ def test_every_fault_is_found(tmp_path: Path) -> None:
     assert lines("wrong durations") == [3, 4]
     assert report.finding("wrong durations")[1].reason == "declared 12.00 s, really 31.50 s"
     assert lines("long clips") == []
-    assert lines("silent") == [6] and lines("clipped") == [7]
-    assert report.rates == {16000: 6, 8000: 1} and report.channels == {1: 6, 2: 1}
+    assert lines("silent") == [6, 13] and lines("clipped") == [7]
+    assert report.rates == {16000: 7, 8000: 1} and report.channels == {1: 6, 2: 2}
     printed = io.StringIO()
     Console(width=300, file=printed).print(report)
     shown = printed.getvalue()
-    assert "unreadable audio (3)" in shown and "text.wav is not audio" in shown and "declared 12.00 s" in shown
+    assert "unreadable audio (4)" in shown and "text.wav is not audio" in shown and "declared 12.00 s" in shown
     assert json.loads(json.dumps(report.to_dict()))["findings"]["silent"]["rows"][0]["where"] == f"{path}:6"
     with pytest.raises(KeyError):
         report.finding("loud")
@@ -94,6 +99,39 @@ def test_a_corpus_without_a_usable_row_is_reported(tmp_path: Path) -> None:
     Console(width=200, file=printed).print(report)
     assert "bad rows (2)" in printed.getvalue()
     json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_texts_and_prompts_that_no_processor_takes(tmp_path: Path) -> None:
+    record(tmp_path / "a.wav", "one two three")
+    path = manifest(
+        tmp_path,
+        {"audio_filepath": "a.wav", "text": "smile \ud83d"},
+        {"audio_filepath": "a.wav", "text": "hear <|audio|>"},
+        {"audio_filepath": "a.wav", "text": "x", "prompt": "<|audio|> or <|audio|>?"},
+        {"audio_filepath": "a.wav", "text": "x", "prompt": "What is <|audio|>?"},
+        {"audio_filepath": "a.wav", "text": "x", "note": "\ud83d\ude00 \ude00"},
+    )
+    report = check(path)
+    assert report.exit_status == 1
+    assert [str(problem) for problem in report.finding("unusable texts")] == [
+        f"{path}:2: text holds <|audio|>, which stands for audio in prompts: 'hear <|audio|>'",
+        f"{path}:3: prompt has 2 <|audio|> placeholders for 1 clips: '<|audio|> or <|audio|>?'",
+    ]
+    assert [problem.reason.partition(" (")[0] for problem in report.finding("bad rows")] == [
+        "field 'text' holds a lone surrogate",
+        "field 'note' holds a lone surrogate",
+    ]
+    # A recording of two clips has room for two placeholders.
+    assert len(check(path, max_seconds=1.0).finding("unusable texts")) == 1
+
+
+def test_a_corpus_without_any_row_is_an_error(tmp_path: Path) -> None:
+    record(tmp_path / "a.wav", "one")
+    (tmp_path / "empty").mkdir()
+    empty, full = manifest(tmp_path / "empty"), manifest(tmp_path, {"audio_filepath": "a.wav", "text": "x"})
+    for spec in (empty, [full, empty]):
+        with pytest.raises(ValueError, match=r"empty/manifest\.jsonl has no rows; looked for"):
+            check(spec)
 
 
 def test_sections_of_one_file_are_neither_duplicates_nor_wrong(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -87,6 +88,25 @@ def test_broken_lines_are_named_by_number(tmp_path: Path) -> None:
         corpus.check_limit(9)
 
 
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"duration": 10**400}, "duration must be a number of seconds, 0 or more and at most 1000000000, got 1000"),
+        ({"offset": -(10**400)}, "offset must be a number of seconds, 0 or more and at most 1000000000, got -1000"),
+        ({"duration": 1e308}, "duration must be a number of seconds, .*, got 1e\\+308"),
+        ({"audio_filepath": "x" * 300 + ".wav"}, "x\\.\\.\\. cannot be looked at \\(File name too long\\)"),
+        ({"audio_filepath": "x\0.wav"}, "is not there"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_a_row_that_the_system_or_floats_cannot_hold_is_bad(fields: dict[str, object], said: str, tmp_path: Path) -> None:
+    record(tmp_path / "a.wav", "one")
+    good = {"audio_filepath": "a.wav", "text": "one"}
+    corpus = data.load(write_manifest(tmp_path, good | fields, good))
+    assert len(corpus) == len(corpus.problems) == 1 and re.search(said, corpus.problems[0].reason)
+    assert len(corpus.problems[0].reason) < 400
+
+
 def test_rows_without_a_text_can_be_transcribed_and_not_learnt_from(tmp_path: Path) -> None:
     record(tmp_path / "a.wav", "one two three four")
     texts = ["one", None, "  ", "", "two"]
@@ -167,6 +187,45 @@ def test_clotho_aqa(tmp_path: Path) -> None:
     (tmp_path / "clotho_aqa_train.csv").write_text("name,QuestionText,answer\n")
     with pytest.raises(ValueError, match="needs columns file_name, QuestionText and answer, got name"):
         data.load({"path": tmp_path, "split": "train"})
+
+
+def test_transcripts_that_are_not_utf8_are_bad_rows(tmp_path: Path) -> None:
+    """Never texts with U+FFFD in them."""
+    for name in ("1-2-0000", "1-2-0001"):
+        record(tmp_path / "libri" / f"{name}.flac", "one")
+        record(tmp_path / "aishell" / "wav" / "S1" / f"{name}.wav", "one")
+    lines = b"\xef\xbb\xbf1-2-0000 CAF\xc3\xa9\n1-2-0001 CAF\xe9\n"
+    for transcript in ("libri/1-2.trans.txt", "aishell/trans.txt"):
+        (tmp_path / transcript).write_bytes(lines)
+        corpus = data.load((tmp_path / transcript).parent)
+        assert [row.text for row in corpus] == ["CAFé"]
+        assert [str(problem) for problem in corpus.problems] == [f"{tmp_path / transcript}:2: not UTF-8 (byte 13)"]
+    record(tmp_path / "a.wav", "one")
+    table = tmp_path / "table.csv"
+    table.write_bytes(b"file_name,QuestionText,answer\na.wav,What?,caf\xe9\na.wav,Wh\xe9re?,here\na.wav,Who?,Ren\xc3\xa9\n")
+    corpus = data.load(table)
+    assert [row.text for row in corpus] == ["René"]
+    assert [str(problem) for problem in corpus.problems] == [
+        f"{table}:2: answer is not UTF-8 (byte 4)",
+        f"{table}:3: QuestionText is not UTF-8 (byte 3)",
+    ]
+    table.write_bytes(b"file_name,QuestionText,caf\xe9\n")
+    with pytest.raises(ValueError, match=r"needs columns .*, got file_name, QuestionText, caf\ufffd$"):
+        data.load({"path": table, "kind": "clotho_aqa"})
+
+
+def test_a_csv_field_or_a_name_past_the_limit_is_a_bad_row(tmp_path: Path) -> None:
+    record(tmp_path / "a.wav", "one")
+    table = tmp_path / "table.csv"
+    table.write_text(f"file_name,QuestionText,answer\na.wav,{'x' * 140_000},no\na.wav,Who?,me\n")
+    corpus = data.load(table)
+    assert [row.text for row in corpus] == ["me"]
+    assert [str(problem) for problem in corpus.problems] == [f"{table}:2: not CSV (field larger than field limit (131072))"]
+    table.write_text(f"file_name,QuestionText,answer\n{'x' * 300}.wav,What?,no\na.wav,Who?,me\n")
+    assert [problem.where for problem in data.load(table).problems] == [f"{table}:2"]
+    table.write_text("x" * 140_000)
+    with pytest.raises(ValueError, match="no kind of corpus takes"):
+        data.load(table)
 
 
 def test_huggingface_forms_of_audio(tmp_path: Path) -> None:
@@ -264,6 +323,10 @@ def test_specification_errors(tmp_path: Path) -> None:
         (path, ValueError, r"has no usable row: 1 bad ones\n.*manifest.jsonl:1: audio_filepath .*gone.wav is not there"),
         ({"path": path, "first": True}, ValueError, "first must be a positive number of rows"),
         ({"path": None}, TypeError, "a corpus's path must be a string, got None"),
+        ({"path": path, "where": 3}, TypeError, r"where must be a mapping of fields to values, as in .*, got 3"),
+        ({"path": path, "audio_dir": 3}, TypeError, "a corpus's audio_dir must be a string, got 3"),
+        ({"path": path, "prompt": 3}, TypeError, "a corpus's prompt must be a string, got 3"),
+        ({"path": path, "kind": ["manifest"]}, TypeError, r"a corpus's kind must be a string, got \['manifest'\]"),
         ({"path": tmp_path / "gone", "kind": "librispeech"}, FileNotFoundError, "there is nothing at"),
         ({"path": tmp_path, "kind": "librispeech"}, ValueError, "has no rows; looked for"),
         ([], ValueError, "at least one corpus"),

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_backbones
 import torch
 from tiny_models import ALL_CLIPS, ANSWERS, CLIPS, GREEDY, MIXED, build
 from transformers import GenerationConfig, TextStreamer
+
+from steermoe.data import BadRowLog
+from steermoe.generation import Request, respond
 
 Model = tuple[Any, Any]
 
@@ -95,3 +99,61 @@ def test_padding_on_the_right_is_refused(made: Model) -> None:
     batch.pop("labels")
     with pytest.raises(ValueError, match="attention_mask ends in padding, and generation continues at the end: pad on the left"):
         model.generate(**batch)
+
+
+def test_padding_is_told_without_a_mask(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = made
+    batch = processor(MIXED, ALL_CLIPS)
+    wanted = model.generate(**batch, **GREEDY)
+    mask = batch.pop("attention_mask")
+    assert not mask.all() and torch.equal(model.generate(**batch, **GREEDY), wanted)
+    # The pad token may also end turns, or begin texts that do not all begin with it.
+    monkeypatch.setattr(model.generation_config, "bos_token_id", 0)
+    assert torch.equal(model.generate(**batch, **GREEDY, eos_token_id=[2, 0]), wanted)
+    answered = processor(MIXED, ALL_CLIPS, answers=ANSWERS)
+    with pytest.raises(ValueError, match="input_ids end in padding, and generation continues at the end: pad on the left"):
+        model.generate(**{key: value for key, value in answered.items() if key not in ("labels", "attention_mask")}, **GREEDY)
+    texts = torch.tensor([[0, 0, 70, 71], [0, 72, 73, 74]])
+    with pytest.raises(ValueError, match="token 0 is both padding and what texts begin with: give attention_mask"):
+        model.generate(texts, **GREEDY)
+    alone = model.generate(texts[1:], **GREEDY)
+    assert torch.equal(alone, model.generate(texts[1:], torch.ones(1, 4, dtype=torch.long), **GREEDY))
+    monkeypatch.setattr(model.generation_config, "bos_token_id", None)
+    assert torch.equal(model.generate(texts, **GREEDY), model.generate(texts, (texts != 0).long(), **GREEDY))
+
+
+def test_several_rows_without_a_mask_or_a_pad_token_are_refused(made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = made
+    monkeypatch.setattr(model.generation_config, "pad_token_id", None)
+    monkeypatch.setattr(model.language_model.config, "pad_token_id", None)
+    batch = processor(MIXED, ALL_CLIPS)
+    mask = batch.pop("attention_mask")
+    with pytest.raises(ValueError, match="attention_mask is missing, and the language model names no pad token: give the processor's"):
+        model.generate(**batch, **GREEDY)
+    model.generate(**batch, attention_mask=mask, **GREEDY)
+    single = processor(MIXED[0], CLIPS[0])
+    wanted = model.generate(**single, **GREEDY)
+    single.pop("attention_mask")
+    assert torch.equal(model.generate(**single, **GREEDY), wanted)
+
+
+def test_a_request_that_the_processor_refuses_is_named(made: Model, tmp_path: Path) -> None:
+    """It gets no response, and the others of its batch do."""
+    model, processor = made
+    audio = (tiny_backbones.noise(0.5), 16000)
+    prompts = ["What?", "x" * 600, "Who?"]
+    requests = [Request(index, audio, ((0.0, 0.5),), prompt, f"m:{index}") for index, prompt in enumerate(prompts)]
+    log = BadRowLog(tmp_path / "bad_rows.jsonl", limit=1)
+    limit = processor.tokenizer.model_max_length
+    processor.tokenizer.model_max_length = 512
+    try:
+        texts = {response.request.key: response.text for response in respond(model, processor, requests, bad_rows=log, max_new_tokens=3)}
+        assert set(texts) == {0, 2} and [problem.where for problem in log.errors] == ["m:1"]
+        assert log.errors[0].reason.endswith("tokens with its audio, and the language model takes 512")
+        with pytest.raises(ValueError, match=r"^m:1: the chat comes to 6"):
+            list(respond(model, processor, requests, max_new_tokens=3))
+        assert not list(respond(model, processor, requests[1:2], bad_rows=log))
+    finally:
+        processor.tokenizer.model_max_length = limit
+    alone = {response.request.key: response.text for response in respond(model, processor, requests[::2], max_new_tokens=3)}
+    assert alone == texts

@@ -190,8 +190,26 @@ ONE = user(f"{AUDIO}What?")
         (ONE, [np.zeros((2, 16000), np.float32)], r"audio\[0\] must be mono, an array of one dimension, got shape \(2, 16000\)"),
         (ONE, [np.zeros(16000, np.int16)], r"audio\[0\] must be floating point between -1 and 1, got int16"),
         (ONE, [np.full(16000, np.nan, np.float32)], r"audio\[0\] holds values that are not finite"),
+        (ONE, [noise(1.0) * 32768], r"audio\[0\] has a peak of \d{4,5}, and full scale is 1: divide it by 32768 if"),
         (ONE, [np.zeros(32800, np.float32)], r"audio\[0\] is 2.05 s long, and the encoder takes 2 s: split it"),
         (ONE, [{"array": noise(1.0), "sampling_rate": 8000}], r"audio\[0\] has 8000 samples a second, and the encoder needs 16000"),
+        (ONE, ["a.wav"], r"audio\[0\] must be an array of samples, got the name 'a.wav': decode it, as by steermoe.data.load_audio"),
+        (ONE, "a.wav", r"audio\[0\] must be an array of samples, got the name 'a.wav'"),
+        (ONE, [Path("a.wav")], r"audio\[0\] must be an array of samples, got the name 'a.wav'"),
+        (ONE, [b"RIFF"], r"audio\[0\] must be an array of samples, got 4 bytes"),
+        (ONE, [None], r"audio\[0\] must be an array of samples, got None"),
+        (ONE, [0.1, 0.2], r"audio\[0\] must be an array of samples, got 0.1: give a single clip as an array, or several as a list"),
+        (ONE, 3, r"audio must be a clip or a list of clips, got 3"),
+        (
+            ONE,
+            [{"path": "a.wav", "bytes": b""}],
+            r"audio\[0\] must have an 'array' and a 'sampling_rate', got a mapping with 'path', 'bytes'",
+        ),
+        ([{"role": "user", "content": None}], None, "messages' content must be a text or a list of parts, got None"),
+        ([{"role": "user", "content": [{"type": "image"}]}], None, r"messages' parts must be texts, .*, got type 'image'"),
+        ([{"role": "user", "content": [{"type": "audio_url", "audio_url": "x"}]}], None, r"must be texts, .*, got type 'audio_url'"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], None, r"must be texts, .*, got \{'type': 'text', 'text': None\}"),
+        ([{"role": "user", "content": ["a", 3]}], None, r"must be texts, .*, got 3"),
         ([], None, "messages must hold at least one turn"),
         ([{"role": "user"}], None, "messages must be dicts with 'role' and 'content'"),
     ],
@@ -201,6 +219,11 @@ def test_what_is_refused(messages: Any, audio: Any, said: str, processor: SteerM
         processor(messages, audio)
 
 
+def test_bfloat16_audio(processor: SteerMoEProcessor) -> None:
+    clip = torch.from_numpy(noise(1.0)).bfloat16()
+    assert torch.equal(processor(ONE, clip)["input_features"], processor(ONE, clip.float().numpy())["input_features"])
+
+
 def test_more_that_is_refused(processor: SteerMoEProcessor, tiny_encoder: Path, tiny_language_model: Path) -> None:
     with pytest.raises(ValueError, match="has 44100 samples a second"):
         processor(ONE, noise(1.0), sampling_rate=44100)
@@ -208,6 +231,8 @@ def test_more_that_is_refused(processor: SteerMoEProcessor, tiny_encoder: Path, 
         processor([ONE, ONE], [noise(1.0)] * 2, answers=["yes"])
     with pytest.raises(ValueError, match=r"answers must be text, and one holds <\|audio\|>"):
         processor(ONE, noise(1.0), answers=[f"a{AUDIO}"])
+    with pytest.raises(ValueError, match=r"answers\[1\] must be a text, got None"):
+        processor([user("a"), user("b")], answers=["a", None])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="return_tensors must be 'pt', got 'np'"):
         processor(ONE, noise(1.0), return_tensors="np")
     with pytest.raises(ValueError, match="audio_padding must be"):
@@ -216,8 +241,15 @@ def test_more_that_is_refused(processor: SteerMoEProcessor, tiny_encoder: Path, 
         SteerMoEProcessor.from_backbones(tiny_encoder, tiny_language_model, pool_size=-1)
     short = SteerMoEProcessor.from_backbones(tiny_encoder, tiny_language_model)
     short.tokenizer.model_max_length = 40
-    with pytest.raises(ValueError, match=r"chat 0 comes to \d+ tokens with its audio, and the language model takes 40"):
+    with pytest.raises(ValueError, match=r"^the chat comes to \d+ tokens with its audio, and the language model takes 40"):
         short(ONE, noise(2.0))
+    with pytest.raises(ValueError, match=r"^chat 1 comes to \d+ tokens with its audio"):
+        short([user("a"), ONE], noise(2.0))
+    half = r"messages and answers must be text, and one holds a lone surrogate \('\\ud83d' at character \d+\): half of a character"
+    with pytest.raises(ValueError, match=half):
+        processor(user("smile \ud83d"))
+    with pytest.raises(ValueError, match=half):
+        processor(ONE, noise(1.0), answers=["smile \ud83d"])
 
 
 def test_max_length_needs_a_longest_input(encoder_folder: Callable[[str], Path], tiny_language_model: Path) -> None:
@@ -229,9 +261,9 @@ def test_backbones_that_cannot_be_had(tmp_path: Path, tiny_encoder: Path, tiny_l
     tiny_backbones.save_language_model(tmp_path / "mute", chat_template=None)
     with pytest.raises(BackboneError, match="has no chat template: use a language model tuned for chats, or set"):
         SteerMoEProcessor.from_backbones(tiny_encoder, tmp_path / "mute")
-    with pytest.raises(BackboneError, match=r"text_model '.*nothing' has no tokenizer that can be loaded"):
+    with pytest.raises(BackboneError, match=r"text_model '.*nothing' does not exist: give the id of a hub"):
         SteerMoEProcessor.from_backbones(tiny_encoder, tmp_path / "nothing")
-    with pytest.raises(BackboneError, match=r"audio_model '.*nothing' has no feature extractor that can be loaded"):
+    with pytest.raises(BackboneError, match=r"audio_model '.*nothing' does not exist: give the id of a hub"):
         SteerMoEProcessor.from_backbones(tmp_path / "nothing", tiny_language_model)
     encoder = tiny_backbones.ENCODERS["whisper"][0]()
     with pytest.raises(BackboneError, match="audio_model is a module of no known origin: give its feature_extractor along with it"):

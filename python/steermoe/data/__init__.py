@@ -70,8 +70,8 @@ def load(spec: Specification, *, allow_empty: bool = False) -> Corpus:
 
     A mapping has ``path`` and may have ``kind`` (else told from what is there), ``prompt`` (for rows without one), ``first`` (only so many
     rows) and the options of its kind. FileNotFoundError for a path that is not there; ValueError for one that no kind takes, saying what
-    was looked for, for an unknown kind or option, and, unless ``allow_empty``, for a corpus without a single usable row, naming the first
-    bad ones.
+    was looked for, for an unknown kind or option, for a corpus without any row, and, unless ``allow_empty``, for one without a single
+    usable row, naming the first bad ones. TypeError for a value of another type than a string where one is needed.
     """
     if isinstance(spec, Mapping):
         return _load_one(dict(spec), allow_empty)
@@ -104,6 +104,9 @@ def _load_one(spec: dict[str, Any], allow_empty: bool) -> Corpus:
     path, kind, prompt, first = spec.pop("path"), spec.pop("kind", None), spec.pop("prompt", None), spec.pop("first", None)
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"a corpus's path must be a string, got {path!r}")
+    for name, value in (("kind", kind), ("prompt", prompt)):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"a corpus's {name} must be a string, got {value!r}")
     if first is not None and (isinstance(first, bool) or not isinstance(first, int) or first < 1):
         raise ValueError(f"first must be a positive number of rows, got {first!r}")
     module = _named(kind) if kind is not None else _told(Path(path))
@@ -111,10 +114,10 @@ def _load_one(spec: dict[str, Any], allow_empty: bool) -> Corpus:
         _check_exists(Path(path))
     _check_options(module, spec)
     corpus: Corpus = module.read(path, **spec)
+    if not len(corpus) and not corpus.problems:
+        raise ValueError(f"{path} has no rows; looked for {module.LOOKED_FOR}")
     if not len(corpus) and not allow_empty:
         listed = "".join(f"\n  {problem}" for problem in corpus.problems[:5])
-        if not listed:
-            raise ValueError(f"{path} has no rows; looked for {module.LOOKED_FOR}")
         raise ValueError(f"{path} has no usable row: {len(corpus.problems)} bad ones{listed}")
     if prompt is not None:
         corpus = Corpus(WithPrompt(corpus, prompt), corpus.problems, corpus.name)
@@ -142,12 +145,16 @@ def _told(path: Path) -> ModuleType:
 
 
 def _check_options(module: ModuleType, options: Mapping[str, Any]) -> None:
-    known = [name for name in inspect.signature(module.read).parameters if name != "path"]
-    for name in options:
+    parameters = inspect.signature(module.read).parameters
+    known = [name for name in parameters if name != "path"]
+    for name, value in options.items():
         if name not in known:
             every = sorted([*known, "kind", "path", "prompt", "first"])
             kind = module.__name__.rpartition(".")[2]
             raise ValueError(f"a corpus of kind {kind} has no option {name!r}; it has {', '.join(every)}{_nearest(name, every)}")
+        # As the kinds of corpus write the type of every option that is a name or a folder.
+        if parameters[name].annotation == "str | None" and not isinstance(value, str | os.PathLike | None):
+            raise TypeError(f"a corpus's {name} must be a string, got {value!r}")
 
 
 def _nearest(name: str, known: Any) -> str:

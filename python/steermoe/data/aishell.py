@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from pathlib import Path
 
-from .corpus import Corpus, Example, Problem
+from .corpus import Corpus, Example, Problem, decoded
 
 PRIORITY = 20
 LOOKED_FOR = "a folder with wav/ and transcript/aishell_transcript*.txt (AISHELL-1) or trans.txt (AISHELL-2)"
@@ -23,8 +24,9 @@ def takes(path: Path) -> bool:
 def read(path: str | os.PathLike[str], *, split: str | None = None) -> Corpus:
     """Every WAV file under ``wav``, in the order of their names, with its line of the transcript, spaces between Chinese words removed.
 
-    ``split`` reads ``wav/train``, ``wav/dev`` or ``wav/test`` alone. Audio without a transcript line is a problem; so, where the whole
-    corpus is read, is a line without audio. FileNotFoundError for a split that is not there and for speakers still packed as archives.
+    ``split`` reads ``wav/train``, ``wav/dev`` or ``wav/test`` alone. Audio without a transcript line, or with one that is not UTF-8, is
+    a problem; so, where the whole corpus is read, is a line without audio. FileNotFoundError for a split that is not there and for
+    speakers still packed as archives.
     """
     root = Path(path)
     transcript = _transcript(root)
@@ -45,8 +47,14 @@ def read(path: str | os.PathLike[str], *, split: str | None = None) -> Corpus:
         if line is None:
             problems.append(Problem(str(file), f"no line in {transcript.name}"))
             continue
-        number, text = line
-        rows.append(Example(str(file), text, id=file.stem, extra={"speaker": file.parent.name}, where=f"{transcript}:{number}"))
+        number, content = line
+        where = f"{transcript}:{number}"
+        try:
+            text = _SPACE_BESIDE_HAN.sub("", _fields(decoded(content))[1])
+        except ValueError as error:
+            problems.append(Problem(where, str(error)))
+        else:
+            rows.append(Example(str(file), text, id=file.stem, extra={"speaker": file.parent.name}, where=where))
     if split is None:
         problems += [Problem(f"{transcript}:{number}", f"no audio {name}.wav under {folder}") for name, (number, _) in texts.items()]
     return Corpus(rows, problems, str(folder))
@@ -57,11 +65,17 @@ def _transcript(root: Path) -> Path | None:
     return next((file for file in found if file.is_file()), None)
 
 
-def _texts(transcript: Path) -> dict[str, tuple[int, str]]:
-    """Line number and text by utterance."""
+def _texts(transcript: Path) -> dict[str, tuple[int, bytes]]:
+    """Line number and line by utterance, undecoded: one that is not UTF-8 is a fault of its own row."""
     texts = {}
-    for number, line in enumerate(transcript.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        name, _, text = line.strip().replace("\t", " ").partition(" ")
+    for number, line in enumerate(transcript.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+        name, _ = _fields(line.decode("utf-8", errors="replace"))
         if name:
-            texts[name] = number, _SPACE_BESIDE_HAN.sub("", text.strip())
+            texts[name] = number, line
     return texts
+
+
+def _fields(line: str) -> tuple[str, str]:
+    """Utterance and text."""
+    name, _, text = line.strip().replace("\t", " ").partition(" ")
+    return name, text.strip()

@@ -32,6 +32,9 @@ AudioSource: TypeAlias = "HeldAudio | StoredAudio"
 
 # Quieter than -60 dB of full scale at its loudest: nothing that could be understood.
 SILENT_PEAK = 1e-3
+# Full scale is 1. Decoders and resamplers overshoot by a few dB; +12 dB is no audio of that scale, and of 16-bit integers' scale all but
+# what is silent is far above it.
+LOUDEST_PEAK = 4.0
 # Clipping leaves flat tops: runs of one value at full scale. A few are harmless; one sample in a thousand is heard.
 CLIPPED_LEVEL = 0.98
 CLIPPED_RUN = 3
@@ -52,9 +55,14 @@ class AudioError(ValueError):
 
 
 class Loudness(NamedTuple):
-    """``peak``: the largest absolute value of any channel before mixing (1.0 is full scale). ``flat`` of ``frames`` lie in flat tops."""
+    """How loud audio is, 1.0 being full scale.
+
+    ``peak``: the largest absolute value of any channel before mixing; ``mixed_peak``: of their mean, which is what is heard. ``flat`` of
+    ``frames`` lie in flat tops.
+    """
 
     peak: float
+    mixed_peak: float
     flat: int
     frames: int
 
@@ -63,27 +71,30 @@ class Loudness(NamedTuple):
         """Of (time, channels) float32 at the file's own rate: resampling rounds flat tops off."""
         magnitude = np.abs(raw)
         peak = float(magnitude.max(initial=0.0))
+        mixed_peak = float(np.abs(raw.mean(axis=1)).max(initial=0.0))
         if peak < CLIPPED_LEVEL or len(raw) < CLIPPED_RUN:
-            return cls(peak, 0, len(raw))
+            return cls(peak, mixed_peak, 0, len(raw))
         # Sample t + 1 at full scale and equal to sample t; two such in a row are a run of three.
         equal = (raw[1:] == raw[:-1]) & (magnitude[1:] >= CLIPPED_LEVEL)
-        return cls(peak, int((equal[1:] & equal[:-1]).any(axis=1).sum()), len(raw))
+        return cls(peak, mixed_peak, int((equal[1:] & equal[:-1]).any(axis=1).sum()), len(raw))
 
     @classmethod
     def joined(cls, parts: Iterable[Loudness]) -> Loudness:
         """Of several pieces taken together."""
-        peaks, flat, frames = zip(*parts, strict=True)
-        return cls(max(peaks), sum(flat), sum(frames))
+        peaks, mixed_peaks, flat, frames = zip(*parts, strict=True)
+        return cls(max(peaks), max(mixed_peaks), sum(flat), sum(frames))
 
     @property
     def silent(self) -> bool:
-        return self.peak < SILENT_PEAK
+        return self.mixed_peak < SILENT_PEAK
 
     @property
     def warnings(self) -> list[str]:
         """What is wrong with audio that is usable all the same: "silent (...)", "clipped (...)"."""
         found = []
-        if self.silent:
+        if self.silent and self.peak >= SILENT_PEAK:
+            found.append(f"silent (its channels cancel each other out: their mean has a peak of {self.mixed_peak:.1e} of full scale)")
+        elif self.silent:
             found.append(f"silent (its peak is {self.peak:.1e} of full scale)")
         if self.flat > CLIPPED_SHARE * self.frames:
             found.append(f"clipped ({self.flat / self.frames:.1%} of the samples lie in flat tops)")
@@ -109,7 +120,7 @@ def load_audio(source: AudioSource, sampling_rate: int = 16000, offset: float = 
     """Mono samples of ``source``, (time,) float32 at ``sampling_rate`` Hz; full scale is 1.0.
 
     ``offset`` and ``duration``, in seconds, pick a section, and only that is decoded; ``duration`` None is up to the end. AudioError for
-    a source that is missing, not audio, empty or cut off, and for a section that the audio does not have.
+    a source that is missing, not audio, empty, cut off or far over full scale, and for a section that the audio does not have.
     """
     return read_audio(source, sampling_rate, offset, duration).samples
 
@@ -310,7 +321,14 @@ def _read(source: AudioSource, file: Any, begin: int, end: int) -> np.ndarray:
         )
     if not np.isfinite(raw).all():
         raise AudioError(f"{name_of(source)} holds samples that are not finite numbers")
+    if (peak := float(np.abs(raw).max(initial=0.0))) > LOUDEST_PEAK:
+        raise AudioError(f"{name_of(source)} {wrong_scale(peak)}")
     return raw
+
+
+def wrong_scale(peak: float) -> str:
+    """What is said of floating point audio whose ``peak`` is past `LOUDEST_PEAK`."""
+    return f"has a peak of {peak:.0f}, and full scale is 1: divide it by 32768 if its samples are 16-bit integers in floating point"
 
 
 def _resample(mono: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:

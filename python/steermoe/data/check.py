@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from . import Specification, load
-from .audio import AudioError, Loudness, blocks_of, duration_of
+from .audio import AudioError, Loudness, blocks_of, duration_of, split_at_quiet
+from .collator import AUDIO_TOKEN, chat, text_fault
 from .corpus import Example, Problem
 
 # Declared and real durations may differ by this much, or by this share, before the row is named.
@@ -140,6 +142,7 @@ class _Decoded:
     channels: int = 0
     warnings: tuple[str, ...] = ()
     error: str | None = None
+    fault: str | None = None
 
     @property
     def where(self) -> str:
@@ -149,7 +152,8 @@ class _Decoded:
 def check(spec: Specification, *, sampling_rate: int = 16000, max_seconds: float = 30.0, progress: bool = False) -> Report:
     """Decode every row of the corpus and report what is wrong, nothing being changed.
 
-    Errors, which lose rows: rows that could not be read, audio that cannot be decoded, empty texts. Warnings: sampling rates below
+    Errors, which lose rows: rows that could not be read, audio that cannot be decoded, empty texts, texts and
+    prompts that no processor takes (half a character, <|audio|> in a text or more than once in a prompt). Warnings: sampling rates below
     ``sampling_rate`` (what the encoder could hear above half of them is missing), ids that occur twice, the same audio in several rows
     (by its decoded samples), declared durations that are not the real ones, silent and clipped audio, clips over ``max_seconds`` (they
     will be split). ``progress`` shows a bar on the error stream. Raises as `load` where there is no corpus at all.
@@ -157,7 +161,7 @@ def check(spec: Specification, *, sampling_rate: int = 16000, max_seconds: float
     corpus = load(spec, allow_empty=True)
     # soundfile and hashlib release the interpreter lock while they work.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        results: Iterator[_Decoded] = pool.map(_decode, corpus)
+        results: Iterator[_Decoded] = pool.map(partial(_decode, max_seconds=max_seconds), corpus)
         if progress:
             results = iter(track(results, "decoding", total=len(corpus), console=Console(stderr=True), transient=True))
         decoded = list(results)
@@ -185,6 +189,7 @@ def _findings(problems: list[Problem], decoded: Sequence[_Decoded], sampling_rat
         Finding("bad rows", "error", problems),
         Finding("unreadable audio", "error", [Problem(clip.where, clip.error) for clip in decoded if clip.error is not None]),
         Finding("empty texts", "error", empty),
+        Finding("unusable texts", "error", [Problem(clip.where, clip.fault) for clip in decoded if clip.fault is not None]),
         Finding("duplicate ids", "warning", _repeated([(clip.row.id, clip.where) for clip in decoded if clip.row.id], "id")),
         Finding("duplicate audio", "warning", _repeated([(clip.digest, clip.where) for clip in readable], "audio")),
         Finding("low sampling rates", "warning", low),
@@ -194,9 +199,10 @@ def _findings(problems: list[Problem], decoded: Sequence[_Decoded], sampling_rat
     ]
 
 
-def _decode(row: Example) -> _Decoded:
+def _decode(row: Example, max_seconds: float) -> _Decoded:
     bare = replace(row, audio=b"", where=row.name)
     file = os.fspath(row.audio) if isinstance(row.audio, str | os.PathLike) else None
+    fault = text_fault(row)
     digest = hashlib.sha256()
     loudness: list[Loudness] = []
     try:
@@ -205,12 +211,25 @@ def _decode(row: Example) -> _Decoded:
             digest.update(np.clip(np.round(block.samples * 32768), -32768, 32767).astype("<i2").tobytes())
             loudness.append(block.loudness)
         file_seconds = duration_of(row.audio)
+        if fault is None and row.prompt is not None and row.prompt.count(AUDIO_TOKEN) > 1:
+            fault = _prompt_fault(row, row.prompt, max_seconds)
     except AudioError as error:
-        return _Decoded(bare, file, error=str(error))
+        return _Decoded(bare, file, error=str(error), fault=fault)
     whole = Loudness.joined(loudness)
     rate = block.source_rate
     key = f"{rate} {digest.hexdigest()}"
-    return _Decoded(bare, file, key, whole.frames / rate, file_seconds, rate, block.channels, tuple(whole.warnings))
+    return _Decoded(bare, file, key, whole.frames / rate, file_seconds, rate, block.channels, tuple(whole.warnings), fault=fault)
+
+
+def _prompt_fault(row: Example, prompt: str, max_seconds: float) -> str | None:
+    """What is wrong with a prompt of several placeholders; nothing where the recording is split into just as many clips."""
+    try:
+        chat(prompt, len(split_at_quiet(row.audio, max_seconds, row.offset, row.duration)))
+    except AudioError:
+        raise
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _misdeclared(readable: Sequence[_Decoded]) -> list[Problem]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
-from .corpus import Corpus, Example, Problem
+from .corpus import Corpus, Example, Problem, decoded, is_file
 
 PRIORITY = 10
 LOOKED_FOR = "a .csv with columns file_name, QuestionText and answer, or a folder with clotho_aqa_SPLIT.csv"
@@ -29,20 +31,30 @@ def read(path: str | os.PathLike[str], *, split: str | None = None, audio_dir: s
 
     The published CSV has a line an annotator; those with one file and question are grouped, also where a line has several answer columns.
     ``split`` picks clotho_aqa_SPLIT.csv of a folder. Audio is looked for in ``audio_dir``, else in audio_files, audio and beside the CSV.
-    Questions without an answer or whose audio is missing are problems. ValueError for a table without the columns.
+    Questions without an answer or whose audio is missing, and lines that are not UTF-8 or not CSV, are problems. ValueError for a table
+    without the columns.
     """
     table = _table(Path(path), split)
     header = _header(table)
     columns = _columns(header)
     if columns is None:
-        raise ValueError(f"{table} needs columns file_name, QuestionText and answer, got {', '.join(header) or 'none'}")
+        raise ValueError(f"{table} needs columns file_name, QuestionText and answer, got {_printable(header) or 'none'}")
     file_column, question_column, answer_columns = columns
     folders = [Path(audio_dir)] if audio_dir is not None else [table.parent / name for name in _AUDIO_FOLDERS]
     groups: dict[tuple[str, str], tuple[int, list[str]]] = {}
     problems: list[Problem] = []
-    with open(table, encoding="utf-8-sig", newline="", errors="replace") as file:
+    with _opened(table) as file:
         lines = csv.DictReader(file)
-        for line in lines:
+        while True:
+            try:
+                line = next(lines)
+                _check_utf8(line, [file_column, question_column, *answer_columns])
+            except StopIteration:
+                break
+            except (csv.Error, ValueError) as error:
+                reason = f"not CSV ({error})" if isinstance(error, csv.Error) else str(error)
+                problems.append(Problem(f"{table}:{lines.reader.line_num}", reason))
+                continue
             name, question = (line[file_column] or "").strip(), (line[question_column] or "").strip()
             if not name or not question:
                 problems.append(Problem(f"{table}:{lines.line_num}", "no file name" if not name else "no question"))
@@ -52,7 +64,11 @@ def read(path: str | os.PathLike[str], *, split: str | None = None, audio_dir: s
     rows: list[Example] = []
     for (name, question), (number, answers) in groups.items():
         where = f"{table}:{number}"
-        audio = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        try:
+            audio = next((folder / name for folder in folders if is_file(folder / name)), None)
+        except ValueError as error:
+            problems.append(Problem(where, str(error)))
+            continue
         if not answers:
             problems.append(Problem(where, "no answer"))
         elif audio is None:
@@ -76,8 +92,29 @@ def _table(path: Path, split: str | None) -> Path:
 
 
 def _header(table: Path) -> list[str]:
-    with open(table, encoding="utf-8-sig", newline="", errors="replace") as file:
-        return next(csv.reader(file), [])
+    with _opened(table) as file:
+        try:
+            return next(csv.reader(file), [])
+        except csv.Error:  # no table, however it is called
+            return []
+
+
+def _opened(table: Path) -> TextIO:
+    """Bytes that are not UTF-8 come as lone surrogates, which `_check_utf8` finds: one bad row must not stop the others."""
+    return open(table, encoding="utf-8-sig", newline="", errors="surrogateescape")
+
+
+def _printable(header: list[str]) -> str:
+    return ", ".join(header).encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")
+
+
+def _check_utf8(line: Mapping[str, str | None], columns: Sequence[str]) -> None:
+    """ValueError, naming the column, for a row with bytes that are not UTF-8."""
+    for column in columns:
+        try:
+            decoded((line[column] or "").encode("utf-8", errors="surrogateescape"))
+        except ValueError as error:
+            raise ValueError(f"{column} is {error}") from error
 
 
 def _columns(header: list[str]) -> tuple[str, str, list[str]] | None:

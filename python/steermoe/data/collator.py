@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .audio import AudioError, Loudness, read_audio, split_at_quiet
-from .corpus import BadRowLog, Example
+from .corpus import BadRowLog, Example, lone_surrogate
 
 TRANSCRIPTION_PROMPT = "Transcribe the speech."
 AUDIO_TOKEN = "<|audio|>"
@@ -18,9 +18,10 @@ class Collator:
     """``list[Example]`` to the processor's batch with labels: one chat a row, the prompt as user turn, the text as answer.
 
     A clip longer than ``processor.max_seconds`` is split at quiet places and its pieces stand one after the other in the prompt. A row
-    that cannot be used (audio as in `load_audio`, no text, longer than ``max_seconds``, a prompt as in `chat`) is left out of its batch
-    and recorded in ``bad_rows``, which aborts past its limit; silent and clipped clips are recorded as warnings and used. A batch of which
-    nothing is left takes a row from ``fallback``, the corpus it comes from: in a distributed run every process has to have a batch.
+    that cannot be used (audio as in `load_audio`, no text, a text as in `text_fault`, longer than ``max_seconds``, a prompt as in `chat`,
+    and what the processor refuses with a ValueError) is left out of its batch and recorded in ``bad_rows``, which aborts past its limit;
+    silent and clipped clips are recorded as warnings and used. A batch of which nothing is left takes a row from ``fallback``, the corpus
+    it comes from: in a distributed run every process has to have a batch.
     """
 
     def __init__(
@@ -40,17 +41,38 @@ class Collator:
         self._spare: _Row | None = None
 
     def __call__(self, examples: Sequence[Example]) -> Any:
-        rows = [row for example in examples if (row := self._prepare(example)) is not None] or [self._spare_row()]
+        rows = [row for example in examples if (row := self._prepare(example)) is not None]
+        if rows:
+            try:
+                return self._processed(rows)
+            except ValueError:
+                # Which row it was shows when each is taken by itself: a text past the language model's context, for instance.
+                rows = [row for row in rows if self._accepted(row)]
+        return self._processed(rows or [self._spare_row()])
+
+    def _processed(self, rows: Sequence[_Row]) -> Any:
         return self.processor(
             messages=[row.messages for row in rows],
             audio=[clip for row in rows for clip in row.clips],
             answers=[row.answer for row in rows],
         )
 
+    def _accepted(self, row: _Row) -> bool:
+        """Whether the processor takes the row; a line in ``bad_rows`` if it does not."""
+        try:
+            self._processed([row])
+        except ValueError as error:
+            self.bad_rows.error(row.name, str(error))
+            return False
+        return True
+
     def _prepare(self, example: Example) -> _Row | None:
         """What the processor gets of a row; None, and a line in ``bad_rows``, if it cannot be used."""
         if not (example.text and example.text.strip()):
             self.bad_rows.error(example.name, "no text to learn")
+            return None
+        if fault := text_fault(example):
+            self.bad_rows.error(example.name, fault)
             return None
         try:
             sections = split_at_quiet(example.audio, self.processor.max_seconds, example.offset, example.duration)
@@ -64,20 +86,32 @@ class Collator:
             return None
         for warning in Loudness.joined(clip.loudness for clip in clips).warnings:
             self.bad_rows.warn(example.name, warning)
-        return _Row(messages, [clip.samples for clip in clips], example.text)
+        return _Row(example.name, messages, [clip.samples for clip in clips], example.text)
 
     def _spare_row(self) -> _Row:
         if self._spare is None:
-            self._spare = next((row for example in self.fallback if (row := self._prepare(example)) is not None), None)
+            prepared = (self._prepare(example) for example in self.fallback)
+            self._spare = next((row for row in prepared if row is not None and self._accepted(row)), None)
         if self._spare is None:
             raise ValueError("no row of the batch can be used, and fallback has none that can")
         return self._spare
 
 
 class _Row(NamedTuple):
+    name: str
     messages: list[dict[str, str]]
     clips: list[np.ndarray]
     answer: str
+
+
+def text_fault(example: Example) -> str | None:
+    """What makes the text or prompt of a row one that no processor takes, None if nothing does: half a character, audio in the text."""
+    for name, text in (("text", example.text), ("prompt", example.prompt)):
+        if text is not None and (fault := lone_surrogate(text)):
+            return f"{name} holds {fault}"
+    if example.text is not None and AUDIO_TOKEN in example.text:
+        return f"text holds {AUDIO_TOKEN}, which stands for audio in prompts: {example.text!r}"
+    return None
 
 
 def chat(prompt: str, clips: int = 1) -> list[dict[str, str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 import os
 import tempfile
@@ -16,8 +18,12 @@ import numpy as np
 
 from .audio import AudioError, AudioSource, duration_of, name_of
 
+logger = logging.getLogger(__name__)
+
 # How many bad rows a message lists before it only counts.
 LISTED = 5
+# How many characters of a path that is too long for the system a message shows.
+SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,8 @@ class BadRowLog:
 
     One JSON object a line (``where``, ``reason``, ``severity``: "error" or "warning"), each appended in one write, so DataLoader workers
     and ranks need no lock. A row is counted once however often it is met. ``path`` None takes a temporary file. Errors past ``limit``
-    raise `TooManyBadRows`; warnings (silent, clipped) never do.
+    raise `TooManyBadRows`; warnings (silent, clipped) never do. Where the file cannot be written (a full disk) the rows are kept in memory,
+    each process its own, and a warning says so once.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, limit: int = 100) -> None:
@@ -196,6 +203,7 @@ class BadRowLog:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._seen: set[tuple[str, Problem]] = set()
+        self._unwritten: list[tuple[str, Problem]] = []
 
     def error(self, where: str, reason: str) -> None:
         """Record a row that is lost. TooManyBadRows if that makes more than ``limit``."""
@@ -223,19 +231,36 @@ class BadRowLog:
             return False
         self._seen.add(key)
         line = json.dumps({"where": where, "reason": reason, "severity": severity}, ensure_ascii=False) + "\n"
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(line.encode("utf-8"))
+        # A lone surrogate in a name is written as JSON escapes it.
+        content = line.encode("utf-8", errors="backslashreplace")
+        try:
+            with open(self.path, "ab+", buffering=0) as file:
+                # What a process was stopped in the middle of stays a line of its own, which is passed over.
+                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                    content = b"\n" + content
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if not self._unwritten:
+                logger.warning("%s cannot be written (%s): bad rows are counted, and no longer recorded there", self.path, error.strerror)
+            self._unwritten.append(key)
         return True
 
     def _read(self, severity: str) -> list[Problem]:
-        if not self.path.exists():
-            return []
         found: dict[Problem, None] = {}
-        with open(self.path, encoding="utf-8") as file:
-            for line in file:
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except OSError:  # not there yet, or not to be had: what could not be written is in memory
+            lines = []
+        for line in lines:
+            try:
                 entry = json.loads(line)
                 if entry["severity"] == severity:
                     found[Problem(entry["where"], entry["reason"])] = None
+            except (ValueError, KeyError, TypeError):
+                # Blank, or cut off when its process was stopped: the row is recorded again when it is met again.
+                continue
+        found |= {problem: None for kind, problem in self._unwritten if kind == severity}
         return list(found)
 
 
@@ -245,6 +270,32 @@ def describe_problems(problems: Sequence[Problem], limit: int, name: str = "") -
     more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
     of = f" in {name}" if name else ""
     return f"{len(problems)} bad rows{of}, and max_bad_rows allows {limit}: mend or remove them, or allow more{listed}{more}"
+
+
+def decoded(line: bytes) -> str:
+    """A line of a transcript or manifest. ValueError, naming the first bad byte, if it is not UTF-8."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start + 1})") from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether a row's file is there. ValueError, with the system's reason, where that cannot be told: one row must not stop the others."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        shown = str(path) if len(str(path)) <= SHOWN else f"{str(path)[:SHOWN]}..."
+        raise ValueError(f"{shown} cannot be looked at ({error.strerror})") from error
+
+
+def lone_surrogate(text: str) -> str | None:
+    """What is said of a text with half of a character in it, as JSON can have and no tokenizer or file takes; None of any other."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"a lone surrogate ({text[error.start]!r} at character {error.start + 1}): half of a character"
+    return None
 
 
 def _remove_in(process: int, path: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from pathlib import Path
 
-from .corpus import Corpus, Example, Problem
+from .corpus import Corpus, Example, Problem, decoded
 
 PRIORITY = 20
 LOOKED_FOR = "a folder with *.trans.txt files and their audio at most four folders down, as LibriSpeech's test-clean"
@@ -20,7 +21,8 @@ def takes(path: Path) -> bool:
 def read(path: str | os.PathLike[str], *, split: str | None = None) -> Corpus:
     """Every utterance under ``path``, in the order of the transcripts' names; ``split`` reads one folder of it, as "test-clean".
 
-    A transcript line without audio, and audio without a transcript line, is a problem. FileNotFoundError for a split that is not there.
+    A transcript line without audio or that is not UTF-8, and audio without a transcript line, is a problem. FileNotFoundError for a
+    split that is not there.
     """
     root = Path(path)
     if split is not None:
@@ -34,12 +36,17 @@ def read(path: str | os.PathLike[str], *, split: str | None = None) -> Corpus:
     problems: list[Problem] = []
     for transcripts in sorted(root.rglob("*.trans.txt")):
         audio = {file.stem: file for file in transcripts.parent.iterdir() if file.suffix.lower() in _SUFFIXES}
-        for number, line in enumerate(transcripts.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(transcripts.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), 1):
             if not line.strip():
                 continue
-            name, _, text = line.strip().partition(" ")
+            name = line.split()[0].decode("utf-8", errors="replace")
             where = f"{transcripts}:{number}"
             file = audio.pop(name, None)
+            try:
+                text = decoded(line).strip().partition(" ")[2]
+            except ValueError as error:
+                problems.append(Problem(where, str(error)))
+                continue
             if file is None:
                 problems.append(Problem(where, f"no audio file {name}{{{','.join(_SUFFIXES)}}} beside it"))
             else:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .corpus import Corpus, Example, Problem
+from .corpus import Corpus, Example, Problem, decoded, is_file, lone_surrogate
 
 PRIORITY = 10
 LOOKED_FOR = "a .jsonl, .ndjson or .json file with one JSON object a line, or a folder with a manifest.jsonl"
 
 FIELDS = ("audio_filepath", "text", "duration", "offset", "prompt", "answers", "id")
+# Some thirty years. What is beyond is a mistake, and past the range in which samples can be counted.
+LONGEST_SECONDS = 10**9
 _SUFFIXES = {".jsonl", ".ndjson", ".json"}
 
 
@@ -22,12 +24,14 @@ def takes(path: Path) -> bool:
     return (path / "manifest.jsonl").is_file() if path.is_dir() else path.suffix.lower() in _SUFFIXES
 
 
-def read(path: str | os.PathLike[str], *, audio_dir: str | None = None, where: dict[str, Any] | None = None) -> Corpus:
+def read(path: str | os.PathLike[str], *, audio_dir: str | None = None, where: Mapping[str, Any] | None = None) -> Corpus:
     """The rows of the manifest at ``path``; broken lines become problems named by file and line number.
 
     ``audio_dir`` is what relative paths are relative to, instead of the manifest's folder. ``where`` keeps the rows whose fields have these
-    values, as in {"split": "train"}; a list of values allows each.
+    values, as in {"split": "train"}; a list of values allows each. TypeError for a ``where`` that is no mapping.
     """
+    if where is not None and not isinstance(where, Mapping):
+        raise TypeError(f"where must be a mapping of fields to values, as in {{'split': 'train'}}, got {where!r}")
     manifest = Path(path)
     manifest = manifest / "manifest.jsonl" if manifest.is_dir() else manifest
     base = Path(audio_dir) if audio_dir is not None else manifest.parent
@@ -54,19 +58,20 @@ def _lines(manifest: Path) -> Iterator[tuple[int, bytes]]:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start + 1})") from error
+        row = json.loads(decoded(line))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from error
     except RecursionError as error:
         raise ValueError("not a flat JSON object (nested too deeply)") from error
     if not isinstance(row, dict):
         raise ValueError(f"must be a JSON object, got {type(row).__name__}")
+    for name, value in row.items() if b"\\u" in line else ():
+        if fault := lone_surrogate(json.dumps([name, value], ensure_ascii=False)):
+            raise ValueError(f"field {name!r} holds {fault}")
     return row
 
 
-def _matches(row: dict[str, Any], where: dict[str, Any]) -> bool:
+def _matches(row: dict[str, Any], where: Mapping[str, Any]) -> bool:
     return all(row.get(name) in (value if isinstance(value, list | tuple) else [value]) for name, value in where.items())
 
 
@@ -75,7 +80,7 @@ def _example(row: dict[str, Any], base: Path, where: str) -> Example:
     if not name:
         raise ValueError(f"audio_filepath is missing; the row has {', '.join(row) or 'no field'}")
     path = base / name
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(f"audio_filepath {path} is not there")
     offset = _seconds(row, "offset")
     answers = row.get("answers") or []
@@ -112,6 +117,6 @@ def _seconds(row: dict[str, Any], name: str) -> float | None:
     value = row.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be a number of seconds, 0 or more, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LONGEST_SECONDS:
+        raise ValueError(f"{name} must be a number of seconds, 0 or more and at most {LONGEST_SECONDS}, got {reprlib.repr(value)}")
     return float(value)
