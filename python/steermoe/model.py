@@ -388,10 +388,14 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _mask_of(self, input_ids: Tensor, settings: Mapping[str, Any]) -> Tensor:
         """(B, S): 0 for the pad tokens that rows begin with."""
-        own = settings.get("generation_config") or self.generation_config
-        pad = settings.get("pad_token_id", own.pad_token_id)
-        if pad is None:  # the language model's config may be all that names it
-            pad = self.language_model.config.get_text_config().pad_token_id
+        # Settings given for this call may leave out what the model's own say, and those what the language model's config does.
+        configs = (settings.get("generation_config"), self.generation_config, self.language_model.config.get_text_config())
+
+        def token(name: str) -> Any:
+            named = (settings.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in named if value is not None), None)
+
+        pad, end, begin = token("pad_token_id"), token("eos_token_id"), token("bos_token_id")
         mask = torch.ones_like(input_ids)
         if pad is None:
             if len(input_ids) > 1:
@@ -400,11 +404,10 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
             return mask
         begins, ends = input_ids[:, 0] == pad, input_ids[:, -1] == pad
-        end = settings.get("eos_token_id", own.eos_token_id)
         if bool(ends.any()) and pad not in (end if isinstance(end, (list, tuple)) else [end]):
             raise ValueError("input_ids end in padding, and generation continues at the end: pad on the left")
         # The longest row has no padding. If it begins with the pad token too, that token is what texts begin with.
-        if bool(begins.all()) and pad == own.bos_token_id:
+        if bool(begins.all()) and pad == begin:
             if len(input_ids) > 1:
                 raise ValueError(
                     f"attention_mask is missing, and token {pad} is both padding and what texts begin with: give attention_mask"

@@ -161,8 +161,8 @@ class SteerMoEProcessor(ProcessorMixin):
         """A batch from one chat, or a list of chats, and the clips for their placeholders.
 
         ``messages``: dicts with "role" and "content", a text in which each ``audio_token`` stands for one clip, or a list of texts,
-        {"type": "text", "text": ...} and {"type": "audio"}. ``audio``: the clips of all
-        chats in the order of their placeholders, mono float arrays at ``sampling_rate``. Where no chat has a placeholder, each gets one
+        {"type": "text", "text": ...} and {"type": "audio"}. ``audio``: the clips of all chats in the order of their placeholders, mono
+        float arrays at ``sampling_rate``, or mappings with "array" and "sampling_rate". Where no chat has a placeholder, each gets one
         clip, or a single chat all of them, before the text of its last user turn. ``answers``, one a chat, make a batch to learn from:
         padded on the right, with ``labels`` that are -100 everywhere but on the answer and the end of its turn. Without them each chat
         ends where the model answers, and the padding is on the left.

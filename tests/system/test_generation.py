@@ -116,6 +116,8 @@ def test_padding_is_told_without_a_mask(made: Model, monkeypatch: pytest.MonkeyP
     texts = torch.tensor([[0, 0, 70, 71], [0, 72, 73, 74]])
     with pytest.raises(ValueError, match="token 0 is both padding and what texts begin with: give attention_mask"):
         model.generate(texts, **GREEDY)
+    with pytest.raises(ValueError, match="token 0 is both padding and what texts begin with"):
+        model.generate(texts, generation_config=GenerationConfig(max_new_tokens=3))
     alone = model.generate(texts[1:], **GREEDY)
     assert torch.equal(alone, model.generate(texts[1:], torch.ones(1, 4, dtype=torch.long), **GREEDY))
     monkeypatch.setattr(model.generation_config, "bos_token_id", None)
