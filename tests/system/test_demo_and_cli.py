@@ -91,6 +91,32 @@ def test_bad_budget(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_bad_seed(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(ValueError, match=f"seed must be from 0 to 4294967295, got {seed}"):
+        demonstration.run(tmp_path / "x", seed=seed)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_demo_removes_nothing_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def synthesised(*_: object, **__: object) -> None:
+        raise AssertionError("the demo has begun")
+
+    monkeypatch.setattr(demonstration, "_record", synthesised)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="file is a file: the demo needs a folder"):
+        demonstration.run(tmp_path / "file")
+    work = tmp_path / "work" / "training" / "data.txt"
+    work.parent.mkdir(parents=True)
+    work.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"work is not empty and not an earlier demo's, .*: give a new or empty folder"):
+        demonstration.run(tmp_path / "work")
+    assert work.read_text() == (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.rglob("*"))) == 4
+    for _ in range(2):  # a folder of its own may be used again, also where the first run was cut off
+        with pytest.raises(AssertionError, match="the demo has begun"):
+            demonstration.run(tmp_path / "new")
+
+
 # --- the command line ---------------------------------------------------------------------------------------------------------------------
 
 
