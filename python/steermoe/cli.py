@@ -14,11 +14,30 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from transformers.utils import logging
+from typer.core import TyperGroup
 
 __all__ = ["app", "main"]
 
+INTERRUPTED = 130
+# What is said in one sentence: a user can put it right, or can do nothing about it where a traceback would help. Others are our mistakes.
+SAID = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, MemoryError)
+
+
+class _Commands(TyperGroup):
+    """Says that Ctrl-C ended a command, which Typer does not. Training says more itself, and leaves without an exception."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _ERRORS.print("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+
 app = typer.Typer(
     name="steermoe",
+    cls=_Commands,
     help="Join a frozen audio encoder to a frozen language model by training a few million parameters.",
     no_args_is_help=True,
     add_completion=False,
@@ -42,16 +61,18 @@ BatchSize = Annotated[int, typer.Option(min=1, help="clips generated at once")]
 
 
 def main() -> None:
-    """The console script. Exits with 0, 1 for an error said in one sentence, 2 for bad arguments, 130 after Ctrl-C."""
+    """The command line. Exits with 0, 1 for an error said in one sentence, 2 for bad arguments, 130 after Ctrl-C."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # transformers' own, for loading weights
     try:
         app()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before or after a command
         _ERRORS.print("interrupted")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except SAID as error:
         if os.environ.get("STEERMOE_DEBUG"):
             raise
         _ERRORS.print(f"error: {_said(error)}", markup=False)
@@ -90,7 +111,7 @@ def train(
 
     result = run(load_config(config, overrides or []), resume=resume_from or (True if resume else None))
     if result.interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
     print(result.checkpoint)
 
 
@@ -251,9 +272,28 @@ def _load(checkpoint: Path, audio_model: str | None, text_model: str | None, dev
         audio_model=audio_model,
         text_model=text_model,
         dtype=None if dtype is None else getattr(torch, dtype),
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=_device(device),
     )
     return model.eval(), SteerMoEProcessor.from_pretrained(checkpoint)
+
+
+def _device(name: str | None) -> str:
+    """A device that PyTorch can use here, the GPU for None if there is one. ValueError for another."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise typer.BadParameter(f"must be cpu, cuda or cuda:NUMBER, got {name!r}", param_hint="--device") from None
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        if kind == "cuda" and not torch.backends.cuda.is_built():
+            raise ValueError(f"--device {name} cannot be used: this PyTorch ({torch.__version__}) has no CUDA") from None
+        raise ValueError(f"--device {name} cannot be used here: {str(error).partition(chr(10))[0]}") from None
+    return name
 
 
 def _specification(corpus: str) -> Any:

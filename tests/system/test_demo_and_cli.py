@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 pytest.importorskip("espeakng_loader", reason="speech synthesis needs the espeakng-loader wheel")
 
+from steermoe import cli
 from steermoe.backbones import encoder_path, language_model_path
 from steermoe.demo import demonstration
 from steermoe.demo.report import wer_by_voice
@@ -138,6 +140,19 @@ def test_ask(shown: tuple[demonstration.DemoResult, Path]) -> None:
     result, folder = shown
     run = steermoe("ask", folder / "held-out" / "0001.flac", "how many words?", "-c", result.steered.checkpoint)
     assert run.returncode == 0 and run.stdout.strip(), run.stderr
+    assert not run.stderr  # no progress bar of loading weights in a pipe
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="needs a PyTorch without CUDA")
+def test_a_device_that_cannot_be_used(shown: tuple[demonstration.DemoResult, Path]) -> None:
+    result, folder = shown
+    for device, status, words in [
+        ("cuda", 1, f"error: --device cuda cannot be used: this PyTorch ({torch.__version__}) has no CUDA\n"),
+        ("klingon", 2, "must be cpu, cuda or cuda:NUMBER, got 'klingon'"),
+        ("meta", 1, "error: --device meta cannot be used here"),
+    ]:
+        run = steermoe("ask", folder / "held-out" / "0001.flac", "what?", "-c", result.steered.checkpoint, "--device", device)
+        assert run.returncode == status and words in run.stderr and "Traceback" not in run.stderr, run.stderr
 
 
 def test_eval_writes_every_hypothesis(shown: tuple[demonstration.DemoResult, Path], tmp_path: Path) -> None:
@@ -207,3 +222,51 @@ def test_bad_input_is_one_sentence(arguments: tuple[str, ...], status: int, word
     assert run.returncode == status, run.stdout + run.stderr
     assert words in run.stderr and "Traceback" not in run.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [FloatingPointError("the loss is nan"), OverflowError("the loss is nan"), MemoryError("the loss is nan")])
+def test_every_error_of_a_run_is_one_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert ended(monkeypatch, error, "ask", "a.wav", "what?", "-c", tmp_path) == 1
+    assert capsys.readouterr().err == "error: the loss is nan\n"
+
+
+def test_ctrl_c_in_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert ended(monkeypatch, KeyboardInterrupt(), "transcribe", "a.wav", "-c", tmp_path) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_ctrl_c_while_the_command_line_is_imported() -> None:
+    interrupt = """
+import signal, sys
+class Interrupter:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupter())
+from steermoe_console import main
+main()
+"""
+    run = subprocess.run([sys.executable, "-c", interrupt], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "interrupted\n")
+
+
+def test_the_console_script_is_the_command_line() -> None:
+    program = "from steermoe_console import main; main()"
+    run = subprocess.run([sys.executable, "-c", program, "frobnicate"], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and "frobnicate" in run.stderr
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, error: BaseException, *arguments: object) -> object:
+    """The exit status of a command whose model cannot be loaded because of ``error``."""
+
+    def load(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(sys, "argv", ["steermoe", *map(str, arguments)])
+    monkeypatch.delenv("STEERMOE_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    return leaving.value.code
