@@ -6,9 +6,11 @@ it came from. Results go to standard output, progress and remarks to standard er
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,6 +66,8 @@ def main() -> None:
     """The command line. Exits with 0, 1 for an error said in one sentence, 2 for bad arguments, 130 after Ctrl-C."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # transformers' own, for loading weights
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name or text that is not Unicode must not cost the result
     try:
         app()
     except KeyboardInterrupt:  # before or after a command
@@ -161,36 +165,40 @@ def transcribe(
     form: Annotated[str, typer.Option("--format", "-f", help="text, json or srt")] = "text",
     output_dir: Annotated[Path | None, typer.Option(help="write FILE.txt, .json or .srt into this folder instead")] = None,
     prompt: Annotated[str | None, typer.Option(help="what the user turn says")] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="the longest segment (default: what the encoder takes)")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="the longest segment (default: what encoder and language model take)")] = None,
     batch_size: BatchSize = 8,
     audio_model: AudioModel = None,
     text_model: TextModel = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Transcribe recordings. One that cannot be read is named; the others are still transcribed, and the exit status is 1."""
-    from .data.audio import AudioError
+    """Transcribe recordings. One that cannot be is named; the others are still transcribed, and the exit status is 1."""
+    from .transcription import longest_piece
     from .transcription import transcribe as run
 
     endings = {"text": ".txt", "json": ".json", "srt": ".srt"}
     if form not in endings:
         raise typer.BadParameter(f"must be text, json or srt, got {form!r}", param_hint="--format")
+    targets = None if output_dir is None else _targets(files, output_dir, endings[form])
     model, processor = _load(checkpoint, audio_model, text_model, device, dtype)
+    longest_piece(model, processor, prompt=prompt, max_seconds=max_seconds)  # what no file can have is said once
     failed = False
-    for file in files:
+    for index, file in enumerate(files):
         try:
             transcript = run(model, processor, file, prompt=prompt, max_seconds=max_seconds, batch_size=batch_size, progress=True)
-        except AudioError as error:
-            _ERRORS.print(f"error: {error}", markup=False)
+            text = {"text": lambda t: t.text + "\n", "json": lambda t: t.to_json() + "\n", "srt": lambda t: t.to_srt()}[form](transcript)
+            if targets is not None:
+                targets[index].write_text(text, encoding="utf-8", errors="backslashreplace")
+        except SAID as error:
+            if os.environ.get("STEERMOE_DEBUG"):
+                raise
+            said = _said(error)
+            _ERRORS.print(f"error: {said}" if str(file) in said else f"error: {file}: {said}", markup=False)
             failed = True
             continue
         for warning in transcript.warnings:
             _ERRORS.print(f"{file}: {warning}", markup=False)
-        text = {"text": lambda t: t.text + "\n", "json": lambda t: t.to_json() + "\n", "srt": lambda t: t.to_srt()}[form](transcript)
-        if output_dir is not None:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            (output_dir / (file.stem + endings[form])).write_text(text, encoding="utf-8")
-        else:
+        if targets is None:
             print(f"{file}: {text}" if form == "text" and len(files) > 1 else text, end="")
     raise typer.Exit(int(failed))
 
@@ -294,6 +302,19 @@ def _device(name: str | None) -> str:
             raise ValueError(f"--device {name} cannot be used: this PyTorch ({torch.__version__}) has no CUDA") from None
         raise ValueError(f"--device {name} cannot be used here: {str(error).partition(chr(10))[0]}") from None
     return name
+
+
+def _targets(files: list[Path], folder: Path, ending: str) -> list[Path]:
+    """The file for each of ``files``, in a folder that can be written to. ValueError for two that would be one, OSError for the folder."""
+    targets = [folder / (file.stem + ending) for file in files]
+    for index, target in enumerate(targets):
+        if target in targets[:index]:
+            raise ValueError(f"{files[targets.index(target)]} and {files[index]} would both be written to {target}: transcribe them apart")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--output-dir must be a folder, and {folder} is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return targets
 
 
 def _specification(corpus: str) -> Any:

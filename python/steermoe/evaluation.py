@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .data.audio import AudioError, name_of, split_at_quiet
+from .capacity import Capacity, capacity
+from .data.audio import name_of, split_at_quiet
 from .data.collator import TRANSCRIPTION_PROMPT
 from .data.corpus import BadRowLog, Corpus, Problem
 from .error_rates import ErrorRate, WordErrors, bootstrap, normalizer, word_errors
@@ -171,7 +173,8 @@ def evaluate(
 
     ``task`` "transcription" or "question"; None is "question" where rows have answers. ``prompt`` is for rows without their own.
     ``language`` and ``normalization`` are `word_errors`'s. Batches hold clips of similar length; results are in the corpus's order. Longer
-    clips than the encoder takes are split at quiet places: their texts are joined, and a question gets all pieces in one prompt.
+    clips than encoder and language model take (`longest_piece`) are split at quiet places and their texts joined; a question gets all
+    pieces of what the encoder takes in one prompt, and is not scored where those are more than the language model takes.
     ``output`` is a JSONL of every row: id, audio, reference, hypothesis, errors, seconds. ``seed`` is the bootstrap's; ``generation`` goes
     to ``model.generate``.
 
@@ -193,7 +196,7 @@ def evaluate(
     prompt = TRANSCRIPTION_PROMPT if prompt is None else prompt
     log = BadRowLog(limit=max_bad_rows - len(rows.problems))
     begun = time.perf_counter()
-    requests = _requests(rows, processor.max_seconds, prompt, task, log)
+    requests, generation = _requests(rows, lambda text: capacity(model, processor, text), prompt, task, log, generation)
     seconds = time.perf_counter() - begun
     responses: dict[tuple[int, int], Response] = {}
     shown = f"evaluating {rows.name}" if progress else None
@@ -246,30 +249,42 @@ def exact_match(
     return ExactMatch(correct, bootstrap(correct.astype(np.int64), np.ones(len(correct), dtype=np.int64), seed))
 
 
-def _requests(rows: Corpus, max_seconds: float, prompt: str, task: str, log: BadRowLog) -> list[Request]:
-    """One request a row, or one a piece of a long row that is transcribed; ``key`` is (row, piece)."""
+def _requests(
+    rows: Corpus, capacity_of: Callable[[str], Capacity], prompt: str, task: str, log: BadRowLog, generation: dict[str, Any]
+) -> tuple[list[Request], dict[str, Any]]:
+    """One request a row, or one a piece of a long row that is transcribed, ``key`` being (row, piece); and the options that all fit."""
     requests = []
     known = rows.durations()
+    fitting = generation
+    capacity_of = cache(capacity_of)
     for index, row in enumerate(rows):
+        asked = row.prompt or prompt
         try:
+            room = capacity_of(asked)
+            answer = room.answer(generation)
+            longest = room.clip_seconds if task == "question" else room.longest_clip(answer)
             # A clip that fits needs no look into its file before its batch's turn.
-            fits = known[index] <= max_seconds
+            fits = known[index] <= longest
             sections = (
-                [(row.offset, row.offset + float(known[index]))]
-                if fits
-                else split_at_quiet(row.audio, max_seconds, row.offset, row.duration)
+                [(row.offset, row.offset + float(known[index]))] if fits else split_at_quiet(row.audio, longest, row.offset, row.duration)
             )
-        except AudioError as error:
+        except ValueError as error:
             log.error(row.name, str(error))
             continue
-        asked = row.prompt or prompt
         if task == "question":
+            if (seconds := sum(end - begin for begin, end in sections)) > room.seconds(answer):
+                log.error(
+                    row.name, f"{seconds:.1f} s of audio, and the language model takes {room.seconds(answer):.1f} s with this question"
+                )
+                continue
             requests.append(Request((index, 0), row.audio, tuple(sections), asked, row.name))
+            fitting = room.within(fitting, sections)
         else:
             requests += [
                 Request((index, piece), row.audio, (section,), asked, row.name, skip_silence=True) for piece, section in enumerate(sections)
             ]
-    return requests
+            fitting = room.within(fitting, [max(sections, key=lambda section: section[1] - section[0])])
+    return requests, fitting
 
 
 def _hypotheses(rows: Corpus, requests: Sequence[Request], responses: dict[tuple[int, int], Response]) -> list[Hypothesis]:

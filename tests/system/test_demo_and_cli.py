@@ -136,6 +136,19 @@ def test_transcribe_in_every_form_and_name_what_cannot_be_read(shown: tuple[demo
     assert spoken["segments"][0]["text"] == spoken["text"] != ""
 
 
+def test_transcribe_more_than_the_language_model_takes_at_once(shown: tuple[demonstration.DemoResult, Path], tmp_path: Path) -> None:
+    result, folder = shown
+    clips = [soundfile.read(path)[0] for path in sorted((folder / "held-out").glob("*.flac"))]
+    soundfile.write(tmp_path / "long.wav", np.tile(np.concatenate(clips), 3)[: 25 * 16000], 16000)
+    blocked, out = folder / "held-out" / "0000.flac", tmp_path / "out"
+    (out / "0000.txt").mkdir(parents=True)
+    run = steermoe("transcribe", blocked, tmp_path / "long.wav", "-c", result.steered.checkpoint, "--output-dir", out)
+    assert run.returncode == 1 and (out / "long.txt").read_text().strip(), run.stderr
+    assert run.stderr.startswith("error: ") and str(blocked) in run.stderr and len(run.stderr.splitlines()) == 1
+    run = steermoe("ask", tmp_path / "long.wav", "how many words?", "-c", result.steered.checkpoint)
+    assert run.returncode == 1 and "long.wav is 25.0 s long, and the language model takes 18.5 s" in run.stderr
+
+
 def test_ask(shown: tuple[demonstration.DemoResult, Path]) -> None:
     result, folder = shown
     run = steermoe("ask", folder / "held-out" / "0001.flac", "how many words?", "-c", result.steered.checkpoint)
@@ -209,6 +222,12 @@ def test_data_check_lists_what_is_wrong(tmp_path: Path) -> None:
         (("train", "demo", "training.max_stepz=3"), 1, "max_steps"),
         (("transcribe", "a.wav", "-c", "nowhere"), 1, "nowhere"),
         (("transcribe", "a.wav"), 2, "--checkpoint"),
+        (("transcribe", "a.wav", "-c", ".", "--output-dir", "afile"), 1, "--output-dir must be a folder, and afile is a file"),
+        (
+            ("transcribe", "x/a.wav", "y/a.mp3", "-c", ".", "--output-dir", "out"),
+            1,
+            "x/a.wav and y/a.mp3 would both be written to out/a.txt",
+        ),
         (("inspect", "nowhere"), 1, "no checkpoint of an aligner"),
         (("data", "check", "nowhere"), 1, "nowhere"),
         (("data", "check", "{path: nowhere, kind: librispeech}"), 1, "there is nothing at nowhere"),
@@ -218,10 +237,11 @@ def test_data_check_lists_what_is_wrong(tmp_path: Path) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_bad_input_is_one_sentence(arguments: tuple[str, ...], status: int, words: str, tmp_path: Path) -> None:
+    (tmp_path / "afile").touch()
     run = steermoe(*arguments, cwd=tmp_path)
     assert run.returncode == status, run.stdout + run.stderr
     assert words in run.stderr and "Traceback" not in run.stderr
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["afile"]
 
 
 @pytest.mark.parametrize("error", [FloatingPointError("the loss is nan"), OverflowError("the loss is nan"), MemoryError("the loss is nan")])
