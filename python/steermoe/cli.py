@@ -125,7 +125,7 @@ def evaluate(
     checkpoint: Checkpoint,
     task: Annotated[str | None, typer.Option(help="transcription or question (default: as the rows tell)")] = None,
     prompt: Annotated[str | None, typer.Option(help="what the user turn says, for rows without a prompt of their own")] = None,
-    language: Annotated[str, typer.Option(help="of the texts, for normalisation: en, zh, ...")] = "en",
+    language: Annotated[str, typer.Option(help="of the texts, for normalisation: en, zh, ... or German, ...")] = "en",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="a JSONL file with every hypothesis")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
     max_bad_rows: Annotated[int, typer.Option(min=0, help="stop past this many rows that cannot be scored")] = 100,
@@ -138,9 +138,14 @@ def evaluate(
 ) -> None:
     """Score a whole corpus: word and character error rates with intervals, or exact match for questions, and the real-time factor."""
     from .data import load
+    from .error_rates import language_code
+    from .evaluation import check_output
     from .evaluation import evaluate as run
 
+    language_code(language)
     rows = load(_specification(corpus))
+    if output is not None:
+        check_output(output)
     model, processor = _load(checkpoint, audio_model, text_model, device, dtype)
     result = run(
         model,
@@ -151,11 +156,14 @@ def evaluate(
         language=language,
         batch_size=batch_size,
         num_workers=workers,
-        output=output,
         max_bad_rows=max_bad_rows,
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
-    _show(result.to_dict() if as_json else result)
+    try:
+        if output is not None:
+            result.write_jsonl(output)
+    finally:  # a disk that is full by now must not cost the scores
+        _show(result.to_dict() if as_json else result)
 
 
 @app.command()
@@ -185,7 +193,9 @@ def transcribe(
     failed = False
     for index, file in enumerate(files):
         try:
-            transcript = run(model, processor, file, prompt=prompt, max_seconds=max_seconds, batch_size=batch_size, progress=True)
+            transcript = run(
+                model, processor, file, prompt=prompt, max_seconds=max_seconds, batch_size=batch_size, progress=sys.stderr.isatty()
+            )
             text = {"text": lambda t: t.text + "\n", "json": lambda t: t.to_json() + "\n", "srt": lambda t: t.to_srt()}[form](transcript)
             if targets is not None:
                 targets[index].write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -261,7 +271,7 @@ def check(
     """List what is wrong with a corpus: unreadable files, empty texts, rates, duplicates, durations. Exit status 1 for errors."""
     from .data.check import check as run
 
-    report = run(_specification(corpus), sampling_rate=sampling_rate, max_seconds=max_seconds, progress=True)
+    report = run(_specification(corpus), sampling_rate=sampling_rate, max_seconds=max_seconds, progress=sys.stderr.isatty())
     _show(report.to_dict() if as_json else report)
     raise typer.Exit(report.exit_status)
 

@@ -107,13 +107,17 @@ class Evaluation:
         """Every row of the corpus, hypotheses in order and then the rows that could not be scored; the file appears whole or not at all."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            for index, row in enumerate(self.hypotheses):
-                file.write(json.dumps(self._line(index, row), ensure_ascii=False, default=str) + "\n")
-            for problem in self.problems:
-                file.write(json.dumps({"id": problem.where, "problem": problem.reason}, ensure_ascii=False) + "\n")
-        os.replace(partial, target)
+        partial = _partial(target)
+        try:
+            # What is no Unicode, a lone surrogate of a manifest, is written as the escape that JSON has for it.
+            with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+                for index, row in enumerate(self.hypotheses):
+                    file.write(json.dumps(self._line(index, row), ensure_ascii=False, default=str) + "\n")
+                for problem in self.problems:
+                    file.write(json.dumps({"id": problem.where, "problem": problem.reason}, ensure_ascii=False) + "\n")
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _line(self, index: int, row: Hypothesis) -> dict[str, Any]:
         line: dict[str, Any] = {"id": row.id, "audio": row.audio, "reference": row.reference, "hypothesis": row.hypothesis}
@@ -126,6 +130,8 @@ class Evaluation:
     def __rich__(self) -> RenderableType:
         summary = Table(title=Text(self.name), title_justify="left", show_header=False)
         summary.add_row("rows scored", f"{len(self.hypotheses)} of {self.rows}")
+        if self.errors is not None:
+            summary.add_row("language", self.errors.language)
         summary.add_row("audio", f"{self.audio_seconds / 3600:.2f} h")
         summary.add_row("real-time factor", f"{self.real_time_factor:.4f}")
         if self.match is not None:
@@ -179,14 +185,15 @@ def evaluate(
     to ``model.generate``.
 
     Rows without a text or with unusable audio are not scored but named in ``problems`` and in the JSONL; more than ``max_bad_rows`` raise
-    TooManyBadRows. ValueError for an unknown task and where no row can be scored.
+    TooManyBadRows. ValueError for an unknown task or language and where no row can be scored; OSError, before anything is generated, for an
+    ``output`` that cannot be written.
     """
     if task is not None and task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)} or None, got {task!r}")
     # What scoring needs is asked for now: after hours of generation is late to learn that it is not installed.
     word_errors([""], [""], language, normalization=normalization)
-    if output is not None and Path(output).is_dir():
-        raise ValueError(f"output must be a file, and {output} is a folder")
+    if output is not None:
+        check_output(output)
     rows = corpus.for_scoring()
     rows.check_limit(max_bad_rows)
     if not len(rows):
@@ -225,6 +232,17 @@ def evaluate(
     return evaluation
 
 
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Try to write where `Evaluation.write_jsonl` will: ValueError for a folder, OSError for a place that takes no file."""
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"output must be a file, and {target} is a folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(target)
+    partial.touch()
+    partial.unlink()
+
+
 def exact_match(
     hypotheses: Sequence[str],
     answers: Sequence[Sequence[str]],
@@ -247,6 +265,11 @@ def exact_match(
 
     correct = np.array([key(text) in {key(answer) for answer in right} for text, right in zip(hypotheses, answers, strict=True)])
     return ExactMatch(correct, bootstrap(correct.astype(np.int64), np.ones(len(correct), dtype=np.int64), seed))
+
+
+def _partial(target: Path) -> Path:
+    """Where ``target`` is written until it is whole."""
+    return target.with_name(target.name + ".partial")
 
 
 def _requests(

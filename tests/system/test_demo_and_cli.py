@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tones import ToneModel, ToneProcessor, record
 
 pytest.importorskip("espeakng_loader", reason="speech synthesis needs the espeakng-loader wheel")
 
@@ -178,6 +180,27 @@ def test_eval_writes_every_hypothesis(shown: tuple[demonstration.DemoResult, Pat
     assert 0 <= json.loads(run.stdout)["errors"]["raw_wer"]["rate"] <= 1.5
 
 
+def test_scores_survive_a_file_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    record(tmp_path / "a.wav", "one two")
+    (tmp_path / "m.jsonl").write_text('{"audio_filepath": "a.wav", "text": "one \\ud800"}\n')
+    (tmp_path / "h.jsonl").write_text("old")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "h.jsonl")
+
+    monkeypatch.setattr(cli, "_load", lambda *_: (ToneModel(), ToneProcessor()))
+    monkeypatch.setattr(os, "replace", full)
+    arguments = ("eval", tmp_path / "m.jsonl", "-c", tmp_path, "-o", tmp_path / "h.jsonl", "--json")
+    monkeypatch.setattr(sys, "argv", ["steermoe", *map(str, arguments)])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["errors"]["raw_wer"]["rate"] == 0.5 and printed.err == "error: h.jsonl: No space left on device\n"
+    assert (tmp_path / "h.jsonl").read_text() == "old" and not list(tmp_path.glob("*.partial"))
+
+
 def test_verify_finds_a_single_flipped_bit(shown: tuple[demonstration.DemoResult, Path], tmp_path: Path) -> None:
     result, _ = shown
     run = steermoe("verify", result.steered.checkpoint)
@@ -228,6 +251,8 @@ def test_data_check_lists_what_is_wrong(tmp_path: Path) -> None:
             1,
             "x/a.wav and y/a.mp3 would both be written to out/a.txt",
         ),
+        (("eval", "nowhere", "-c", ".", "--language", "klingon"), 1, "language must be a code like en, zh or yue"),
+        (("eval", "nowhere", "-c", "."), 1, "nowhere"),
         (("inspect", "nowhere"), 1, "no checkpoint of an aligner"),
         (("data", "check", "nowhere"), 1, "nowhere"),
         (("data", "check", "{path: nowhere, kind: librispeech}"), 1, "there is nothing at nowhere"),
