@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -222,6 +223,16 @@ def test_inspect_draws(shown: tuple[demonstration.DemoResult, Path], tmp_path: P
     assert run.returncode == 0, run.stderr
     assert f"{result.steered.parameters:,}" in run.stdout and "entropy" in run.stdout
     assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_names_a_damaged_file(shown: tuple[demonstration.DemoResult, Path], tmp_path: Path) -> None:
+    damaged = shutil.copytree(shown[0].steered.checkpoint, tmp_path / shown[0].steered.checkpoint.name)
+    content = bytearray((damaged / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (damaged / "model.safetensors").write_bytes(content)
+    run = steermoe("inspect", damaged)
+    assert run.returncode == 1 and not run.stdout
+    assert run.stderr == f"error: {damaged / 'model.safetensors'} is damaged: its SHA-256 is not the recorded one\n"
 
 
 def test_data_check_lists_what_is_wrong(tmp_path: Path) -> None:
