@@ -237,7 +237,8 @@ def verify(
     audio_model: AudioModel = None,
     text_model: TextModel = None,
 ) -> None:
-    """Prove that neither backbone changed: weights, text-only logits and the unsteered encoder's outputs, bit for bit."""
+    """Prove, bit for bit, that the backbones on the disk are those recorded when training began, and that with them the model's text-only
+    logits and its encoder without steering give what the untouched backbones give."""
     from .preservation import verify as run
 
     result = run(_folder(checkpoint), audio_model=audio_model, text_model=text_model)
