@@ -6,19 +6,40 @@ it came from. Results go to standard output, progress and remarks to standard er
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from transformers.utils import logging
+from typer.core import TyperGroup
 
 __all__ = ["app", "main"]
 
+INTERRUPTED = 130
+# What is said in one sentence: a user can put it right, or can do nothing about it where a traceback would help. Others are our mistakes.
+SAID = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, MemoryError)
+
+
+class _Commands(TyperGroup):
+    """Says that Ctrl-C ended a command, which Typer does not. Training says more itself, and leaves without an exception."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _ERRORS.print("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+
 app = typer.Typer(
     name="steermoe",
+    cls=_Commands,
     help="Join a frozen audio encoder to a frozen language model by training a few million parameters.",
     no_args_is_help=True,
     add_completion=False,
@@ -42,16 +63,20 @@ BatchSize = Annotated[int, typer.Option(min=1, help="clips generated at once")]
 
 
 def main() -> None:
-    """The console script. Exits with 0, 1 for an error said in one sentence, 2 for bad arguments, 130 after Ctrl-C."""
+    """The command line. Exits with 0, 1 for an error said in one sentence, 2 for bad arguments, 130 after Ctrl-C."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # transformers' own, for loading weights
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name or text that is not Unicode must not cost the result
     try:
         app()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before or after a command
         _ERRORS.print("interrupted")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except SAID as error:
         if os.environ.get("STEERMOE_DEBUG"):
             raise
         _ERRORS.print(f"error: {_said(error)}", markup=False)
@@ -90,7 +115,7 @@ def train(
 
     result = run(load_config(config, overrides or []), resume=resume_from or (True if resume else None))
     if result.interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
     print(result.checkpoint)
 
 
@@ -100,7 +125,7 @@ def evaluate(
     checkpoint: Checkpoint,
     task: Annotated[str | None, typer.Option(help="transcription or question (default: as the rows tell)")] = None,
     prompt: Annotated[str | None, typer.Option(help="what the user turn says, for rows without a prompt of their own")] = None,
-    language: Annotated[str, typer.Option(help="of the texts, for normalisation: en, zh, ...")] = "en",
+    language: Annotated[str, typer.Option(help="of the texts, for normalisation: en, zh, ... or German, ...")] = "en",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="a JSONL file with every hypothesis")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
     max_bad_rows: Annotated[int, typer.Option(min=0, help="stop past this many rows that cannot be scored")] = 100,
@@ -113,9 +138,14 @@ def evaluate(
 ) -> None:
     """Score a whole corpus: word and character error rates with intervals, or exact match for questions, and the real-time factor."""
     from .data import load
+    from .error_rates import language_code
+    from .evaluation import check_output
     from .evaluation import evaluate as run
 
+    language_code(language)
     rows = load(_specification(corpus))
+    if output is not None:
+        check_output(output)
     model, processor = _load(checkpoint, audio_model, text_model, device, dtype)
     result = run(
         model,
@@ -126,11 +156,14 @@ def evaluate(
         language=language,
         batch_size=batch_size,
         num_workers=workers,
-        output=output,
         max_bad_rows=max_bad_rows,
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
-    _show(result.to_dict() if as_json else result)
+    try:
+        if output is not None:
+            result.write_jsonl(output)
+    finally:  # a disk that is full by now must not cost the scores
+        _show(result.to_dict() if as_json else result)
 
 
 @app.command()
@@ -140,36 +173,42 @@ def transcribe(
     form: Annotated[str, typer.Option("--format", "-f", help="text, json or srt")] = "text",
     output_dir: Annotated[Path | None, typer.Option(help="write FILE.txt, .json or .srt into this folder instead")] = None,
     prompt: Annotated[str | None, typer.Option(help="what the user turn says")] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="the longest segment (default: what the encoder takes)")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="the longest segment (default: what encoder and language model take)")] = None,
     batch_size: BatchSize = 8,
     audio_model: AudioModel = None,
     text_model: TextModel = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Transcribe recordings. One that cannot be read is named; the others are still transcribed, and the exit status is 1."""
-    from .data.audio import AudioError
+    """Transcribe recordings. One that cannot be is named; the others are still transcribed, and the exit status is 1."""
+    from .transcription import longest_piece
     from .transcription import transcribe as run
 
     endings = {"text": ".txt", "json": ".json", "srt": ".srt"}
     if form not in endings:
         raise typer.BadParameter(f"must be text, json or srt, got {form!r}", param_hint="--format")
+    targets = None if output_dir is None else _targets(files, output_dir, endings[form])
     model, processor = _load(checkpoint, audio_model, text_model, device, dtype)
+    longest_piece(model, processor, prompt=prompt, max_seconds=max_seconds)  # what no file can have is said once
     failed = False
-    for file in files:
+    for index, file in enumerate(files):
         try:
-            transcript = run(model, processor, file, prompt=prompt, max_seconds=max_seconds, batch_size=batch_size, progress=True)
-        except AudioError as error:
-            _ERRORS.print(f"error: {error}", markup=False)
+            transcript = run(
+                model, processor, file, prompt=prompt, max_seconds=max_seconds, batch_size=batch_size, progress=sys.stderr.isatty()
+            )
+            text = {"text": lambda t: t.text + "\n", "json": lambda t: t.to_json() + "\n", "srt": lambda t: t.to_srt()}[form](transcript)
+            if targets is not None:
+                targets[index].write_text(text, encoding="utf-8", errors="backslashreplace")
+        except SAID as error:
+            if os.environ.get("STEERMOE_DEBUG"):
+                raise
+            said = _said(error)
+            _ERRORS.print(f"error: {said}" if str(file) in said else f"error: {file}: {said}", markup=False)
             failed = True
             continue
         for warning in transcript.warnings:
             _ERRORS.print(f"{file}: {warning}", markup=False)
-        text = {"text": lambda t: t.text + "\n", "json": lambda t: t.to_json() + "\n", "srt": lambda t: t.to_srt()}[form](transcript)
-        if output_dir is not None:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            (output_dir / (file.stem + endings[form])).write_text(text, encoding="utf-8")
-        else:
+        if targets is None:
             print(f"{file}: {text}" if form == "text" and len(files) > 1 else text, end="")
     raise typer.Exit(int(failed))
 
@@ -198,7 +237,8 @@ def verify(
     audio_model: AudioModel = None,
     text_model: TextModel = None,
 ) -> None:
-    """Prove that neither backbone changed: weights, text-only logits and the unsteered encoder's outputs, bit for bit."""
+    """Prove, bit for bit, that the backbones on the disk are those recorded when training began, and that with them the model's text-only
+    logits and its encoder without steering give what the untouched backbones give."""
     from .preservation import verify as run
 
     result = run(_folder(checkpoint), audio_model=audio_model, text_model=text_model)
@@ -232,7 +272,7 @@ def check(
     """List what is wrong with a corpus: unreadable files, empty texts, rates, duplicates, durations. Exit status 1 for errors."""
     from .data.check import check as run
 
-    report = run(_specification(corpus), sampling_rate=sampling_rate, max_seconds=max_seconds, progress=True)
+    report = run(_specification(corpus), sampling_rate=sampling_rate, max_seconds=max_seconds, progress=sys.stderr.isatty())
     _show(report.to_dict() if as_json else report)
     raise typer.Exit(report.exit_status)
 
@@ -251,9 +291,41 @@ def _load(checkpoint: Path, audio_model: str | None, text_model: str | None, dev
         audio_model=audio_model,
         text_model=text_model,
         dtype=None if dtype is None else getattr(torch, dtype),
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=_device(device),
     )
     return model.eval(), SteerMoEProcessor.from_pretrained(checkpoint)
+
+
+def _device(name: str | None) -> str:
+    """A device that PyTorch can use here, the GPU for None if there is one. ValueError for another."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise typer.BadParameter(f"must be cpu, cuda or cuda:NUMBER, got {name!r}", param_hint="--device") from None
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        if kind == "cuda" and not torch.backends.cuda.is_built():
+            raise ValueError(f"--device {name} cannot be used: this PyTorch ({torch.__version__}) has no CUDA") from None
+        raise ValueError(f"--device {name} cannot be used here: {str(error).partition(chr(10))[0]}") from None
+    return name
+
+
+def _targets(files: list[Path], folder: Path, ending: str) -> list[Path]:
+    """The file for each of ``files``, in a folder that can be written to. ValueError for two that would be one, OSError for the folder."""
+    targets = [folder / (file.stem + ending) for file in files]
+    for index, target in enumerate(targets):
+        if target in targets[:index]:
+            raise ValueError(f"{files[targets.index(target)]} and {files[index]} would both be written to {target}: transcribe them apart")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--output-dir must be a folder, and {folder} is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return targets
 
 
 def _specification(corpus: str) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 # Written without spaces between words: characters are the unit, and spaces are none of them.
 UNSPACED_LANGUAGES = frozenset({"zh", "yue", "ja", "th", "lo", "my", "km", "bo"})
-_NAMES = {"english": "en", "chinese": "zh", "mandarin": "zh", "cantonese": "yue", "japanese": "ja", "thai": "th"}
+_CODE = re.compile(r"[a-z]{2,3}")
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -104,7 +104,8 @@ def word_errors(
     """Corpus error rates by jiwer, as the texts came and after openai-whisper's normaliser for the language, or ``normalization``'s.
 
     Empty references and hypotheses count: all insertions, all deletions. Characters include the single spaces between words, except in
-    languages written without them. ``seed`` is the bootstrap's. ValueError for lists of different or no length.
+    languages written without them. ``seed`` is the bootstrap's. ValueError for lists of different or no length
+    and for an unknown language.
     """
     if len(references) != len(hypotheses):
         raise ValueError(f"references and hypotheses must be as many, got {len(references)} and {len(hypotheses)}")
@@ -156,9 +157,15 @@ def normalizer(language: str, normalization: str | None = None) -> Callable[[str
 
 
 def language_code(language: str) -> str:
-    """ "English", "en" and "en-US" are "en"; a language without a known name is its own code."""
-    code = language.strip().lower()
-    return _NAMES.get(code, re.split(r"[-_]", code)[0])
+    """ "English", "en" and "en-US" are "en". ValueError for what is neither a code of two or three letters nor a name Whisper has."""
+    # Here, not above: it brings transformers' tokenizers along.
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    name = language.strip().lower()
+    code = TO_LANGUAGE_CODE.get(name, re.split(r"[-_]", name)[0])
+    if not _CODE.fullmatch(code):
+        raise ValueError(f"language must be a code like en, zh or yue, or an English name like German, got {language!r}")
+    return code
 
 
 @cache

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .data.audio import AudioError, name_of, split_at_quiet
+from .capacity import Capacity, capacity
+from .data.audio import name_of, split_at_quiet
 from .data.collator import TRANSCRIPTION_PROMPT
 from .data.corpus import BadRowLog, Corpus, Problem
 from .error_rates import ErrorRate, WordErrors, bootstrap, normalizer, word_errors
@@ -105,13 +107,17 @@ class Evaluation:
         """Every row of the corpus, hypotheses in order and then the rows that could not be scored; the file appears whole or not at all."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            for index, row in enumerate(self.hypotheses):
-                file.write(json.dumps(self._line(index, row), ensure_ascii=False, default=str) + "\n")
-            for problem in self.problems:
-                file.write(json.dumps({"id": problem.where, "problem": problem.reason}, ensure_ascii=False) + "\n")
-        os.replace(partial, target)
+        partial = _partial(target)
+        try:
+            # What is no Unicode, a lone surrogate of a manifest, is written as the escape that JSON has for it.
+            with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+                for index, row in enumerate(self.hypotheses):
+                    file.write(json.dumps(self._line(index, row), ensure_ascii=False, default=str) + "\n")
+                for problem in self.problems:
+                    file.write(json.dumps({"id": problem.where, "problem": problem.reason}, ensure_ascii=False) + "\n")
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _line(self, index: int, row: Hypothesis) -> dict[str, Any]:
         line: dict[str, Any] = {"id": row.id, "audio": row.audio, "reference": row.reference, "hypothesis": row.hypothesis}
@@ -124,6 +130,8 @@ class Evaluation:
     def __rich__(self) -> RenderableType:
         summary = Table(title=Text(self.name), title_justify="left", show_header=False)
         summary.add_row("rows scored", f"{len(self.hypotheses)} of {self.rows}")
+        if self.errors is not None:
+            summary.add_row("language", self.errors.language)
         summary.add_row("audio", f"{self.audio_seconds / 3600:.2f} h")
         summary.add_row("real-time factor", f"{self.real_time_factor:.4f}")
         if self.match is not None:
@@ -171,19 +179,21 @@ def evaluate(
 
     ``task`` "transcription" or "question"; None is "question" where rows have answers. ``prompt`` is for rows without their own.
     ``language`` and ``normalization`` are `word_errors`'s. Batches hold clips of similar length; results are in the corpus's order. Longer
-    clips than the encoder takes are split at quiet places: their texts are joined, and a question gets all pieces in one prompt.
+    clips than encoder and language model take (`longest_piece`) are split at quiet places and their texts joined; a question gets all
+    pieces of what the encoder takes in one prompt, and is not scored where those are more than the language model takes.
     ``output`` is a JSONL of every row: id, audio, reference, hypothesis, errors, seconds. ``seed`` is the bootstrap's; ``generation`` goes
     to ``model.generate``.
 
     Rows without a text or with unusable audio are not scored but named in ``problems`` and in the JSONL; more than ``max_bad_rows`` raise
-    TooManyBadRows. ValueError for an unknown task and where no row can be scored.
+    TooManyBadRows. ValueError for an unknown task or language and where no row can be scored; OSError, before anything is generated, for an
+    ``output`` that cannot be written.
     """
     if task is not None and task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)} or None, got {task!r}")
     # What scoring needs is asked for now: after hours of generation is late to learn that it is not installed.
     word_errors([""], [""], language, normalization=normalization)
-    if output is not None and Path(output).is_dir():
-        raise ValueError(f"output must be a file, and {output} is a folder")
+    if output is not None:
+        check_output(output)
     rows = corpus.for_scoring()
     rows.check_limit(max_bad_rows)
     if not len(rows):
@@ -193,7 +203,7 @@ def evaluate(
     prompt = TRANSCRIPTION_PROMPT if prompt is None else prompt
     log = BadRowLog(limit=max_bad_rows - len(rows.problems))
     begun = time.perf_counter()
-    requests = _requests(rows, processor.max_seconds, prompt, task, log)
+    requests, generation = _requests(rows, lambda text: capacity(model, processor, text), prompt, task, log, generation)
     seconds = time.perf_counter() - begun
     responses: dict[tuple[int, int], Response] = {}
     shown = f"evaluating {rows.name}" if progress else None
@@ -222,6 +232,17 @@ def evaluate(
     return evaluation
 
 
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Try to write where `Evaluation.write_jsonl` will: ValueError for a folder, OSError for a place that takes no file."""
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"output must be a file, and {target} is a folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(target)
+    partial.touch()
+    partial.unlink()
+
+
 def exact_match(
     hypotheses: Sequence[str],
     answers: Sequence[Sequence[str]],
@@ -246,30 +267,47 @@ def exact_match(
     return ExactMatch(correct, bootstrap(correct.astype(np.int64), np.ones(len(correct), dtype=np.int64), seed))
 
 
-def _requests(rows: Corpus, max_seconds: float, prompt: str, task: str, log: BadRowLog) -> list[Request]:
-    """One request a row, or one a piece of a long row that is transcribed; ``key`` is (row, piece)."""
+def _partial(target: Path) -> Path:
+    """Where ``target`` is written until it is whole."""
+    return target.with_name(target.name + ".partial")
+
+
+def _requests(
+    rows: Corpus, capacity_of: Callable[[str], Capacity], prompt: str, task: str, log: BadRowLog, generation: dict[str, Any]
+) -> tuple[list[Request], dict[str, Any]]:
+    """One request a row, or one a piece of a long row that is transcribed, ``key`` being (row, piece); and the options that all fit."""
     requests = []
     known = rows.durations()
+    fitting = generation
+    capacity_of = cache(capacity_of)
     for index, row in enumerate(rows):
+        asked = row.prompt or prompt
         try:
+            room = capacity_of(asked)
+            answer = room.answer(generation)
+            longest = room.clip_seconds if task == "question" else room.longest_clip(answer)
             # A clip that fits needs no look into its file before its batch's turn.
-            fits = known[index] <= max_seconds
+            fits = known[index] <= longest
             sections = (
-                [(row.offset, row.offset + float(known[index]))]
-                if fits
-                else split_at_quiet(row.audio, max_seconds, row.offset, row.duration)
+                [(row.offset, row.offset + float(known[index]))] if fits else split_at_quiet(row.audio, longest, row.offset, row.duration)
             )
-        except AudioError as error:
+        except ValueError as error:
             log.error(row.name, str(error))
             continue
-        asked = row.prompt or prompt
         if task == "question":
+            if (seconds := sum(end - begin for begin, end in sections)) > room.seconds(answer):
+                log.error(
+                    row.name, f"{seconds:.1f} s of audio, and the language model takes {room.seconds(answer):.1f} s with this question"
+                )
+                continue
             requests.append(Request((index, 0), row.audio, tuple(sections), asked, row.name))
+            fitting = room.within(fitting, sections)
         else:
             requests += [
                 Request((index, piece), row.audio, (section,), asked, row.name, skip_silence=True) for piece, section in enumerate(sections)
             ]
-    return requests
+            fitting = room.within(fitting, [max(sections, key=lambda section: section[1] - section[0])])
+    return requests, fitting
 
 
 def _hypotheses(rows: Corpus, requests: Sequence[Request], responses: dict[tuple[int, int], Response]) -> list[Hypothesis]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .checkpoints import SEAL, verify
 from .statistics import RouterStatistics, read_statistics
 from .trainer import STATISTICS_NAME, WEIGHTS_NAME
 
@@ -94,12 +95,15 @@ class Inspection:
 def inspect(checkpoint: str | os.PathLike[str]) -> Inspection:
     """Read a checkpoint's trained weights and, from the run's folder around it, the router statistics up to its step.
 
-    FileNotFoundError for a folder without trained weights; ValueError for a file that is damaged or of another model.
+    FileNotFoundError for a folder without trained weights; ValueError for a file that is damaged or of another model; CheckpointError,
+    naming the file, for a checkpoint of a training run of which a file is not what was written.
     """
     folder = Path(checkpoint)
     file = folder / WEIGHTS_NAME
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint of an aligner: it has no {WEIGHTS_NAME}")
+    if (folder / SEAL).is_file():  # models saved outside a run have none
+        verify(folder)
     try:
         weights = load_file(file)
     except SafetensorError as error:

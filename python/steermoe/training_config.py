@@ -20,6 +20,8 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from transformers.trainer_utils import SchedulerType
 
+from .error_rates import language_code
+
 __all__ = ["DataConfig", "ModelConfig", "TrainingConfig", "TrainingSection", "load_config", "shipped_configs"]
 
 SHIPPED = Path(__file__).parent / "configs"
@@ -27,6 +29,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 POOLS = ("max", "mean")
 PADDINGS = ("longest", "max_length")
 TASKS = ("transcription", "question")
+LARGEST_SEED = 2**32 - 1  # NumPy's
 # Schedules that need nothing but the number of steps and of warm-up steps.
 SCHEDULES = tuple(
     kind.value for kind in (SchedulerType.LINEAR, SchedulerType.COSINE, SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
@@ -93,13 +96,18 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of("data.task", self.task, (*TASKS, None))
+        try:
+            language_code(self.language)
+        except ValueError as error:
+            raise ValueError(f"data.{error}") from None
         _at_least("data", self, 0, "max_bad_rows", "num_workers")
         _at_least("data", self, 1, "eval_batch_size", "max_new_tokens")
         for name in ("train", "eval"):
             spec = getattr(self, name)
-            fits = isinstance(spec, str | Path | Mapping | list | tuple) and spec not in ("", [], {}, ())
-            _require(fits or (spec is None and name == "eval"), f"data.{name}", "a path, a mapping with 'path', or a list of those", spec)
-        _require(self.max_seconds is None or self.max_seconds > 0, "data.max_seconds", "more than 0 seconds, or null", self.max_seconds)
+            fits = _is_corpus(spec) or (spec is None and name == "eval")
+            _require(fits, f"data.{name}", "a path, a mapping with 'path', or a list of those", spec)
+        most = self.max_seconds
+        _require(most is None or 0 < most < math.inf, "data.max_seconds", "more than 0 seconds, or null", most)
 
 
 @dataclass
@@ -141,13 +149,14 @@ class TrainingSection:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.output_dir != "", "training.output_dir", "a folder", self.output_dir)
+        _require(_may_be_folder(self.output_dir), "training.output_dir", "a folder", self.output_dir)
         counts = ("max_steps", "batch_size", "accumulation_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit")
         _at_least("training", self, 1, *counts, "early_stopping_patience")
         rates = ("steering_learning_rate", "router_learning_rate", "projection_learning_rate")
         others = ("weight_decay", "warmup_steps", "max_grad_norm", "load_balancing_weight", "z_loss_weight", "seed")
         _at_least("training", self, 0, *rates, *others)
-        _require(self.epochs > 0, "training.epochs", "more than 0", self.epochs)
+        _require(0 < self.epochs < math.inf, "training.epochs", "a finite number above 0", self.epochs)
+        _require(self.seed <= LARGEST_SEED, "training.seed", f"at most {LARGEST_SEED}", self.seed)
         _require(
             self.warmup_steps < 1 or self.warmup_steps == int(self.warmup_steps),
             "training.warmup_steps",
@@ -173,6 +182,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         patience = self.training.early_stopping_patience
         _require(patience is None or self.data.eval is not None, "training.early_stopping_patience", "null without data.eval", patience)
+        # Autocast would round float16's weights to bfloat16, and leave all but matrix products in float16.
+        fits = not self.training.bf16 or self.model.dtype != "float16"
+        _require(fits, "training.bf16", "false where model.dtype is float16 (bfloat16 and float32 go with it)", self.training.bf16)
 
     @classmethod
     def from_dict(cls, sections: Mapping[str, Any]) -> TrainingConfig:
@@ -217,7 +229,11 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     known one), missing ones, wrong types and impossible values, by dotted name.
     """
     file = _find(path)
-    sections = _read_yaml(file.read_text(encoding="utf-8"), str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no YAML file in UTF-8: its byte {error.start} cannot be decoded") from None
+    sections = _read_yaml(text, str(file))
     if not isinstance(sections, dict):
         raise ValueError(f"{file} must hold the sections model, data and training, got {_shown(sections)}")
     for override in overrides:
@@ -247,14 +263,17 @@ def _find(path: str | os.PathLike[str]) -> Path:
 class _StrictLoader(yaml.SafeLoader):
     """YAML in which the second of two equal keys does not silently win."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} comes twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode | None:
+        # As written: when values are made of it, the keys that a merge (<<) brings along are there as well, and may come twice.
+        node: yaml.MappingNode | None = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value if node is not None else ():
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} comes twice", key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
 
 
 def _read_yaml(text: str, where: str) -> Any:
@@ -263,7 +282,10 @@ def _read_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{where}{line} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"{where}{line} is not valid YAML: {problem}") from None
+    except (ValueError, RecursionError) as error:  # a date that is none, brackets a thousand deep
+        raise ValueError(f"{where} is not valid YAML: {error}") from None
 
 
 def _override(sections: dict[str, Any], override: str) -> None:
@@ -307,7 +329,10 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
         return None
     if float in choices and not isinstance(value, bool):
         if isinstance(value, int | float):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                return math.inf if value > 0 else -math.inf
         if isinstance(value, str):
             try:
                 return float(value)
@@ -319,6 +344,21 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
         return value
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
     raise ValueError(f"{key} must be {' or '.join(names[choice] for choice in choices)}, got {_shown(value)}")
+
+
+def _is_corpus(spec: Any) -> bool:
+    """Whether `steermoe.data.load` could take this, by its form."""
+    if isinstance(spec, Mapping):
+        return isinstance(spec.get("path"), str | os.PathLike)
+    if isinstance(spec, list | tuple):
+        return bool(spec) and all(map(_is_corpus, spec))
+    return isinstance(spec, str | os.PathLike) and spec != ""
+
+
+def _may_be_folder(path: str) -> bool:
+    """Whether this is a folder or could be made one: the nearest part of the path that is there must be a folder."""
+    there = next((part for part in (Path(path), *Path(path).parents) if part.exists()), None)
+    return path != "" and (there is None or there.is_dir())
 
 
 def _require(condition: bool, key: str, would_do: str, value: Any) -> None:
@@ -335,7 +375,7 @@ def _at_least(section: str, config: Any, least: int, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None:
-            _require(math.isfinite(value) and value >= least, f"{section}.{name}", f"at least {least}", value)
+            _require(least <= value < math.inf, f"{section}.{name}", f"at least {least}", value)
 
 
 def _finite(key: str, value: float) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .data.audio import AudioSource, Loudness, name_of, split_at_quiet
+from .capacity import LEAST_ANSWER, capacity
+from .data.audio import AudioSource, Loudness, duration_of, name_of, split_at_quiet
 from .data.collator import TRANSCRIPTION_PROMPT
 from .generation import Request, respond
 
@@ -82,18 +83,18 @@ def transcribe(
 ) -> Transcript:
     """Transcribe audio of any length: split at quiet places, pieces transcribed in batches, texts joined.
 
-    ``max_seconds`` is the longest piece, at most and by default the encoder's longest input; shorter ones make finer segments. Silent
-    pieces (`data.audio.SILENT_PEAK`) get an empty text. ``generation`` goes to ``model.generate``. Only one batch's pieces are in memory.
-    AudioError as `data.load_audio`'s; ValueError for a ``max_seconds`` the encoder cannot take.
+    ``max_seconds`` is the longest piece, at most `longest_piece`'s and by default what it says; shorter ones make finer segments. Silent
+    pieces (`data.audio.SILENT_PEAK`) get an empty text. ``generation`` goes to ``model.generate``, ``max_new_tokens`` cut to what the
+    language model takes. Only one batch's pieces are in memory. AudioError as `data.load_audio`'s; ValueError for a ``max_seconds`` that
+    cannot be taken.
     """
-    if max_seconds is None:
-        max_seconds = processor.max_seconds
-    elif not 0 < max_seconds <= processor.max_seconds:
-        raise ValueError(f"max_seconds must be above 0 and at most the encoder's {processor.max_seconds:g}, got {max_seconds:g}")
     begun = time.perf_counter()
+    prompt = TRANSCRIPTION_PROMPT if prompt is None else prompt
+    max_seconds = longest_piece(model, processor, prompt=prompt, max_seconds=max_seconds, **generation)
     sections = split_at_quiet(source, max_seconds)
     name = name_of(source)
-    prompt = TRANSCRIPTION_PROMPT if prompt is None else prompt
+    longest = max(sections, key=lambda section: section[1] - section[0])
+    generation = capacity(model, processor, prompt).within(generation, [longest])
     requests = [Request(key, source, (section,), prompt, name, skip_silence=True) for key, section in enumerate(sections)]
     shown = f"transcribing {os.path.basename(name)}" if progress else None
     answered = respond(model, processor, requests, batch_size=batch_size, num_workers=num_workers, progress=shown, **generation)
@@ -103,15 +104,38 @@ def transcribe(
     return Transcript(name, segments, sections[-1][1] - sections[0][0], time.perf_counter() - begun, tuple(warnings))
 
 
+def longest_piece(model: Any, processor: Any, *, prompt: str | None = None, max_seconds: float | None = None, **generation: Any) -> float:
+    """Seconds of the longest piece that `transcribe` makes with these arguments: what both encoder and language model take.
+
+    Without ``max_seconds``, ``max_new_tokens`` or half of what the prompt leaves is kept for the text. ValueError for a ``max_seconds``
+    that encoder or language model cannot take, or that is not above 0.
+    """
+    room = capacity(model, processor, TRANSCRIPTION_PROMPT if prompt is None else prompt)
+    if max_seconds is None:
+        return room.longest_clip(room.answer(generation))
+    most = room.longest_clip(min(LEAST_ANSWER, room.answer(generation)))
+    if not 0 < max_seconds <= most:
+        whose = "encoder" if most == room.clip_seconds else "language model"
+        raise ValueError(f"max_seconds must be above 0 and at most the {whose}'s {most:g}, got {max_seconds:g}")
+    return max_seconds
+
+
 def ask(model: Any, processor: Any, source: AudioSource, question: str, **generation: Any) -> str:
     """The model's answer to ``question`` about the audio; a long recording is given as several clips of one prompt.
 
-    ``generation`` goes to ``model.generate``. AudioError as `data.load_audio`'s; ValueError for an empty question.
+    ``generation`` goes to ``model.generate``, ``max_new_tokens`` cut to what the language model takes. AudioError as `data.load_audio`'s;
+    ValueError for an empty question, and for a recording longer than the language model takes.
     """
     if not question.strip():
         raise ValueError("question must not be empty")
-    request = Request(0, source, tuple(split_at_quiet(source, processor.max_seconds)), question, name_of(source))
-    return next(respond(model, processor, [request], batch_size=1, **generation)).text
+    room = capacity(model, processor, question)
+    most = room.seconds(min(LEAST_ANSWER, room.answer(generation)))
+    if (seconds := duration_of(source)) > most:
+        name = name_of(source)
+        raise ValueError(f"{name} is {seconds:.1f} s long, and the language model takes {most:.1f} s with this question: ask about a part")
+    sections = tuple(split_at_quiet(source, processor.max_seconds))
+    request = Request(0, source, sections, question, name_of(source))
+    return next(respond(model, processor, [request], batch_size=1, **room.within(generation, sections))).text
 
 
 def join_texts(texts: Sequence[str]) -> str:

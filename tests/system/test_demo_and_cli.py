@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
+from tones import ToneModel, ToneProcessor, record
 
 pytest.importorskip("espeakng_loader", reason="speech synthesis needs the espeakng-loader wheel")
 
+from steermoe import cli
 from steermoe.backbones import encoder_path, language_model_path
 from steermoe.demo import demonstration
 from steermoe.demo.report import wer_by_voice
@@ -91,6 +96,32 @@ def test_bad_budget(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_bad_seed(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(ValueError, match=f"seed must be from 0 to 4294967295, got {seed}"):
+        demonstration.run(tmp_path / "x", seed=seed)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_demo_removes_nothing_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def synthesised(*_: object, **__: object) -> None:
+        raise AssertionError("the demo has begun")
+
+    monkeypatch.setattr(demonstration, "_record", synthesised)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="file is a file: the demo needs a folder"):
+        demonstration.run(tmp_path / "file")
+    work = tmp_path / "work" / "training" / "data.txt"
+    work.parent.mkdir(parents=True)
+    work.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"work is not empty and not an earlier demo's, .*: give a new or empty folder"):
+        demonstration.run(tmp_path / "work")
+    assert work.read_text() == (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.rglob("*"))) == 4
+    for _ in range(2):  # a folder of its own may be used again, also where the first run was cut off
+        with pytest.raises(AssertionError, match="the demo has begun"):
+            demonstration.run(tmp_path / "new")
+
+
 # --- the command line ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -108,10 +139,36 @@ def test_transcribe_in_every_form_and_name_what_cannot_be_read(shown: tuple[demo
     assert spoken["segments"][0]["text"] == spoken["text"] != ""
 
 
+def test_transcribe_more_than_the_language_model_takes_at_once(shown: tuple[demonstration.DemoResult, Path], tmp_path: Path) -> None:
+    result, folder = shown
+    clips = [soundfile.read(path)[0] for path in sorted((folder / "held-out").glob("*.flac"))]
+    soundfile.write(tmp_path / "long.wav", np.tile(np.concatenate(clips), 3)[: 25 * 16000], 16000)
+    blocked, out = folder / "held-out" / "0000.flac", tmp_path / "out"
+    (out / "0000.txt").mkdir(parents=True)
+    run = steermoe("transcribe", blocked, tmp_path / "long.wav", "-c", result.steered.checkpoint, "--output-dir", out)
+    assert run.returncode == 1 and (out / "long.txt").read_text().strip(), run.stderr
+    assert run.stderr.startswith("error: ") and str(blocked) in run.stderr and len(run.stderr.splitlines()) == 1
+    run = steermoe("ask", tmp_path / "long.wav", "how many words?", "-c", result.steered.checkpoint)
+    assert run.returncode == 1 and "long.wav is 25.0 s long, and the language model takes 18.5 s" in run.stderr
+
+
 def test_ask(shown: tuple[demonstration.DemoResult, Path]) -> None:
     result, folder = shown
     run = steermoe("ask", folder / "held-out" / "0001.flac", "how many words?", "-c", result.steered.checkpoint)
     assert run.returncode == 0 and run.stdout.strip(), run.stderr
+    assert not run.stderr  # no progress bar of loading weights in a pipe
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="needs a PyTorch without CUDA")
+def test_a_device_that_cannot_be_used(shown: tuple[demonstration.DemoResult, Path]) -> None:
+    result, folder = shown
+    for device, status, words in [
+        ("cuda", 1, f"error: --device cuda cannot be used: this PyTorch ({torch.__version__}) has no CUDA\n"),
+        ("klingon", 2, "must be cpu, cuda or cuda:NUMBER, got 'klingon'"),
+        ("meta", 1, "error: --device meta cannot be used here"),
+    ]:
+        run = steermoe("ask", folder / "held-out" / "0001.flac", "what?", "-c", result.steered.checkpoint, "--device", device)
+        assert run.returncode == status and words in run.stderr and "Traceback" not in run.stderr, run.stderr
 
 
 def test_eval_writes_every_hypothesis(shown: tuple[demonstration.DemoResult, Path], tmp_path: Path) -> None:
@@ -122,6 +179,27 @@ def test_eval_writes_every_hypothesis(shown: tuple[demonstration.DemoResult, Pat
     assert run.returncode == 0, run.stderr
     assert len(output.read_text().splitlines()) == len(HELD_OUT_VOICES)
     assert 0 <= json.loads(run.stdout)["errors"]["raw_wer"]["rate"] <= 1.5
+
+
+def test_scores_survive_a_file_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    record(tmp_path / "a.wav", "one two")
+    (tmp_path / "m.jsonl").write_text('{"audio_filepath": "a.wav", "text": "one \\ud800"}\n')
+    (tmp_path / "h.jsonl").write_text("old")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "h.jsonl")
+
+    monkeypatch.setattr(cli, "_load", lambda *_: (ToneModel(), ToneProcessor()))
+    monkeypatch.setattr(os, "replace", full)
+    arguments = ("eval", tmp_path / "m.jsonl", "-c", tmp_path, "-o", tmp_path / "h.jsonl", "--json")
+    monkeypatch.setattr(sys, "argv", ["steermoe", *map(str, arguments)])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["errors"]["raw_wer"]["rate"] == 0.5 and printed.err == "error: h.jsonl: No space left on device\n"
+    assert (tmp_path / "h.jsonl").read_text() == "old" and not list(tmp_path.glob("*.partial"))
 
 
 def test_verify_finds_a_single_flipped_bit(shown: tuple[demonstration.DemoResult, Path], tmp_path: Path) -> None:
@@ -147,6 +225,16 @@ def test_inspect_draws(shown: tuple[demonstration.DemoResult, Path], tmp_path: P
     assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_inspect_names_a_damaged_file(shown: tuple[demonstration.DemoResult, Path], tmp_path: Path) -> None:
+    damaged = shutil.copytree(shown[0].steered.checkpoint, tmp_path / shown[0].steered.checkpoint.name)
+    content = bytearray((damaged / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (damaged / "model.safetensors").write_bytes(content)
+    run = steermoe("inspect", damaged)
+    assert run.returncode == 1 and not run.stdout
+    assert run.stderr == f"error: {damaged / 'model.safetensors'} is damaged: its SHA-256 is not the recorded one\n"
+
+
 def test_data_check_lists_what_is_wrong(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 16000), 16000)
     (tmp_path / "m.jsonl").write_text(
@@ -168,6 +256,14 @@ def test_data_check_lists_what_is_wrong(tmp_path: Path) -> None:
         (("train", "demo", "training.max_stepz=3"), 1, "max_steps"),
         (("transcribe", "a.wav", "-c", "nowhere"), 1, "nowhere"),
         (("transcribe", "a.wav"), 2, "--checkpoint"),
+        (("transcribe", "a.wav", "-c", ".", "--output-dir", "afile"), 1, "--output-dir must be a folder, and afile is a file"),
+        (
+            ("transcribe", "x/a.wav", "y/a.mp3", "-c", ".", "--output-dir", "out"),
+            1,
+            "x/a.wav and y/a.mp3 would both be written to out/a.txt",
+        ),
+        (("eval", "nowhere", "-c", ".", "--language", "klingon"), 1, "language must be a code like en, zh or yue"),
+        (("eval", "nowhere", "-c", "."), 1, "nowhere"),
         (("inspect", "nowhere"), 1, "no checkpoint of an aligner"),
         (("data", "check", "nowhere"), 1, "nowhere"),
         (("data", "check", "{path: nowhere, kind: librispeech}"), 1, "there is nothing at nowhere"),
@@ -177,7 +273,56 @@ def test_data_check_lists_what_is_wrong(tmp_path: Path) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_bad_input_is_one_sentence(arguments: tuple[str, ...], status: int, words: str, tmp_path: Path) -> None:
+    (tmp_path / "afile").touch()
     run = steermoe(*arguments, cwd=tmp_path)
     assert run.returncode == status, run.stdout + run.stderr
     assert words in run.stderr and "Traceback" not in run.stderr
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["afile"]
+
+
+@pytest.mark.parametrize("error", [FloatingPointError("the loss is nan"), OverflowError("the loss is nan"), MemoryError("the loss is nan")])
+def test_every_error_of_a_run_is_one_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert ended(monkeypatch, error, "ask", "a.wav", "what?", "-c", tmp_path) == 1
+    assert capsys.readouterr().err == "error: the loss is nan\n"
+
+
+def test_ctrl_c_in_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert ended(monkeypatch, KeyboardInterrupt(), "transcribe", "a.wav", "-c", tmp_path) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_ctrl_c_while_the_command_line_is_imported() -> None:
+    interrupt = """
+import signal, sys
+class Interrupter:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupter())
+from steermoe_console import main
+main()
+"""
+    run = subprocess.run([sys.executable, "-c", interrupt], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "interrupted\n")
+
+
+def test_the_console_script_is_the_command_line() -> None:
+    program = "from steermoe_console import main; main()"
+    run = subprocess.run([sys.executable, "-c", program, "frobnicate"], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and "frobnicate" in run.stderr
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, error: BaseException, *arguments: object) -> object:
+    """The exit status of a command whose model cannot be loaded because of ``error``."""
+
+    def load(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(sys, "argv", ["steermoe", *map(str, arguments)])
+    monkeypatch.delenv("STEERMOE_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    return leaving.value.code

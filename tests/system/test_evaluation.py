@@ -95,7 +95,13 @@ def test_bootstrap_covers_and_repeats() -> None:
 
 def test_languages() -> None:
     assert [language_code(name) for name in ("English", "en-US", "de", "yue")] == ["en", "en", "de", "yue"]
+    assert [language_code(name) for name in ("German", " mandarin ", "Khmer", "haw")] == ["de", "zh", "km", "haw"]
     assert normalizer("en")("  Colour, two ") == "color 2"
+    for unknown in ("klingon", "", "e", "12"):
+        with pytest.raises(
+            ValueError, match=f"language must be a code like en, zh or yue, or an English name like German, got '{unknown}'"
+        ):
+            word_errors(["a"], ["a"], unknown)
 
 
 def test_exact_match_is_of_the_whole_answer() -> None:
@@ -178,6 +184,23 @@ def test_rows_that_cannot_be_scored_are_named(tmp_path: Path) -> None:
         evaluate(model, ToneProcessor(), Corpus([rows[1]], name="tones"))
     with pytest.raises(ValueError, match="tones has no row to score: m:10: no text"):
         evaluate(model, ToneProcessor(), Corpus([rows[2]], name="tones"))
+
+
+def test_an_output_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:
+    model = ToneModel()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        evaluate(model, ToneProcessor(), corpus_of(tmp_path, ["one"]), output=tmp_path / "file" / "h.jsonl")
+    (tmp_path / "h.jsonl.partial").mkdir()
+    with pytest.raises(OSError, match=r"h\.jsonl\.partial"):
+        evaluate(model, ToneProcessor(), corpus_of(tmp_path, ["one"]), output=tmp_path / "h.jsonl")
+    assert not model.batches
+
+
+def test_texts_that_are_no_unicode_are_written(tmp_path: Path) -> None:
+    result = evaluate(ToneModel(), ToneProcessor(), corpus_of(tmp_path, ["one"], ["one \ud800"]), output=tmp_path / "h.jsonl")
+    assert result.errors is not None
+    assert json.loads((tmp_path / "h.jsonl").read_text(encoding="utf-8"))["reference"] == "one \ud800"
 
 
 def test_questions_get_all_pieces_in_one_prompt(tmp_path: Path) -> None:

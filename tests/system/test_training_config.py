@@ -90,11 +90,24 @@ def test_what_is_saved_is_read_again(path: Path, tmp_path: Path) -> None:
         ("data.train=3", r"data\.train must be a path"),
         ("data.max_seconds=0", r"data\.max_seconds must be more than 0 seconds, or null"),
         ("data.task=translate", r"data\.task must be one of transcription, question, null"),
+        ("training.seed=4294967296", r"training\.seed must be at most 4294967295, got 4294967296"),
+        ("training.epochs=.inf", r"training\.epochs must be a finite number above 0, got inf"),
+        ("training.epochs=.nan", r"training\.epochs must be a finite number above 0, got nan"),
+        (f"training.epochs=1{'0' * 400}", r"training\.epochs must be a finite number above 0, got inf"),
+        ("training.warmup_steps=.inf", r"training\.warmup_steps must be at least 0, got inf"),
+        ("training.output_dir=conftest.py/run", r"training\.output_dir must be a folder, got 'conftest\.py/run'"),
+        ("data.max_seconds=.inf", r"data\.max_seconds must be more than 0 seconds, or null"),
+        ("data.train=[5]", r"data\.train must be a path, a mapping with 'path', or a list of those, got \[5\]"),
+        ("data.eval=[a, {first: 3}]", r"data\.eval must be a path, a mapping with 'path', or a list of those"),
+        ("data.train={path: 5}", r"data\.train must be a path, a mapping with 'path', or a list of those"),
+        ("data.train=2024-13-45", r"the value of data\.train is not valid YAML: month must be in 1\.\.12"),
+        ("data.language=klingon", r"data\.language must be a code like en, zh or yue, or an English name like German, got 'klingon'"),
         ("model=3", r"model must be a section with keys of its own, got 3"),
         ("training.max_steps=[1", r"not valid YAML"),
     ],
 )
-def test_a_mistake_is_named(path: Path, override: str, message: str) -> None:
+def test_a_mistake_is_named(path: Path, override: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
     if override == "model=3":
         path.write_text(yaml.safe_dump(PLAIN | {"model": 3}), encoding="utf-8")
         with pytest.raises(ValueError, match=message):
@@ -113,6 +126,23 @@ def test_mistakes_that_hang_together(path: Path) -> None:
         load_config(path, [rates[1], "training.z_loss_weight=0.1"])
     with pytest.raises(ValueError, match=r"early_stopping_patience must be null without data\.eval"):
         load_config(path, ["data.eval=null", "training.early_stopping_patience=3"])
+    with pytest.raises(ValueError, match=r"training\.bf16 must be false where model\.dtype is float16 .*, got True"):
+        load_config(path, ["model.dtype=float16", "training.bf16=true"])
+    load_config(path, ["model.dtype=bfloat16", "training.bf16=true"])
+
+
+def test_merge_keys(tmp_path: Path) -> None:
+    text = """
+    model: {audio_model: a, text_model: b, pool: mean}
+    data: {train: x, eval: {<<: {path: y, first: 5}, first: 6}}
+    training: {output_dir: z}
+    """
+    assert load_config(written(tmp_path, text)).data.eval == {"path": "y", "first": 6}
+    chained = "a: &a {path: x}\nb: &b {<<: *a, path: y}\ndata: {train: {<<: *b, path: z}}\nmodel: {}\ntraining: {}"
+    with pytest.raises(ValueError, match="unknown section 'a'"):
+        load_config(written(tmp_path, chained))
+    with pytest.raises(ValueError, match=r"line 1 is not valid YAML: the key 'b' comes twice"):
+        load_config(written(tmp_path, "a: {<<: {b: 1}, b: 2, b: 3}"))
 
 
 def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
@@ -126,6 +156,13 @@ def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
         load_config(written(tmp_path, "model: {}\ndata: ]"))
     with pytest.raises(ValueError, match=r"line 3 is not valid YAML: the key 'pool' comes twice"):
         load_config(written(tmp_path, "model:\n  pool: max\n  pool: mean\n"))
+    with pytest.raises(ValueError, match=r"config\.yaml, line 1 is not valid YAML: found unhashable key"):
+        load_config(written(tmp_path, "? [a]\n: 1\n"))
+    with pytest.raises(ValueError, match=r"config\.yaml is not valid YAML: unacceptable character #x0001"):
+        load_config(written(tmp_path, "model: \x01"))
+    (tmp_path / "config.yaml").write_bytes("model: {pool: größte}".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"config\.yaml is no YAML file in UTF-8: its byte 16 cannot be decoded"):
+        load_config(tmp_path / "config.yaml")
     with pytest.raises(ValueError, match=r"config\.yaml: missing model\.audio_model, model\.text_model"):
         load_config(written(tmp_path, "data: {train: x}\ntraining: {output_dir: y}"))
     with pytest.raises(ValueError, match=r"unknown section 'batch_size'.* belongs into the section 'training'"):

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+import tiny_models
+from tiny_backbones import ENCODERS, noise
 from tones import ToneModel, ToneProcessor, record, speak
 
-from steermoe.data import AudioError
-from steermoe.transcription import Segment, Transcript, ask, join_texts, timecode, transcribe
+from steermoe import SteerMoEProcessor
+from steermoe.capacity import capacity
+from steermoe.data import AudioError, Corpus, Example
+from steermoe.evaluation import evaluate
+from steermoe.transcription import Segment, Transcript, ask, join_texts, longest_piece, timecode, transcribe
 
 WORDS = "one two three four five six seven eight nine zero yes no"
 
@@ -119,3 +126,65 @@ def test_unusable_audio_is_an_error(tmp_path: Path) -> None:
             transcribe(ToneModel(), ToneProcessor(), tmp_path / name)
         with pytest.raises(AudioError, match=said):
             ask(ToneModel(), ToneProcessor(), tmp_path / name, "What?")
+
+
+# --- what the language model takes ---
+
+
+def tokens(processor: Any, text: str, clips: list[np.ndarray]) -> int:
+    """Of a prompt, as the processor makes it."""
+    return processor(messages=tiny_models.user("<|audio|>" * len(clips) + text), audio=clips or None)["input_ids"].shape[1]
+
+
+@pytest.fixture
+def narrow(tiny_encoder: Path, tiny_language_model: Path) -> tuple[Any, SteerMoEProcessor]:
+    """A model whose encoder takes 2 s, and whose language model 40 tokens besides the prompt "What?"."""
+    model, processor = tiny_models.build(tiny_encoder, tiny_language_model)
+    processor.tokenizer.model_max_length = tokens(processor, "What?", []) + 40
+    return model.eval(), processor
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("pool_size", [1, 3])
+def test_the_tokens_of_audio_are_those_of_the_processor(
+    encoder_folder: Callable[[str], Path], tiny_language_model: Path, kind: str, pool_size: int
+) -> None:
+    model, processor = tiny_models.build(encoder_folder(kind), tiny_language_model, pool_size=pool_size)
+    room = capacity(model, processor, "What?")
+    assert room.tokens == 1024 - tokens(processor, "What?", [])
+    for seconds in (0.2, 0.513, 1.0, 1.97):
+        counted = tokens(processor, "What?", [noise(seconds, 1)]) - tokens(processor, "What?", [])
+        assert counted <= room.tokens_of(seconds) <= counted + 1
+
+
+def test_pieces_leave_the_language_model_room(narrow: tuple[Any, SteerMoEProcessor], tmp_path: Path) -> None:
+    model, processor = narrow
+    longest = longest_piece(model, processor, prompt="What?")
+    clip = noise(longest, 1)
+    assert 1.5 < longest < 2.0 and tokens(processor, "What?", [clip]) <= processor.tokenizer.model_max_length - 20
+    assert longest_piece(model, processor, prompt="What?", max_new_tokens=5) == processor.max_seconds == 2.0
+    soundfile.write(tmp_path / "a.wav", noise(5.3, 1), 16000)
+    asked = []
+    model.generate, generate = lambda **options: asked.append(options["max_new_tokens"]) or generate(**options), model.generate
+    transcript = transcribe(model, processor, tmp_path / "a.wav", prompt="What?")
+    assert transcript.segments[-1].end == pytest.approx(5.3) and len(transcript.segments) >= 4
+    assert max(segment.end - segment.start for segment in transcript.segments) <= longest
+    assert min(asked) >= 20 and max(asked) < 40
+    with pytest.raises(ValueError, match=r"max_seconds must be above 0 and at most the language model's 1\.6, got 1\.9"):
+        transcribe(model, processor, tmp_path / "a.wav", prompt="What?", max_seconds=1.9)
+    with pytest.raises(ValueError, match=r"the prompt has \d+ tokens, and the language model takes \d+: too few are left"):
+        transcribe(model, processor, tmp_path / "a.wav", prompt="What is being said in this recording?")
+
+
+def test_a_question_about_more_than_the_language_model_takes(narrow: tuple[Any, SteerMoEProcessor], tmp_path: Path) -> None:
+    model, processor = narrow
+    for seconds in (1.0, 3.0, 60.0):
+        soundfile.write(tmp_path / f"{seconds:g}.wav", noise(seconds, 1), 16000)
+    ask(model, processor, tmp_path / "1.wav", "What?")
+    ask(model, processor, tmp_path / "3.wav", "What?", max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"60\.wav is 60\.0 s long, and the language model takes 1\.6 s with this question"):
+        ask(model, processor, tmp_path / "60.wav", "What?")
+    rows = [Example(str(tmp_path / f"{length}.wav"), "yes", prompt="What?", answers=("yes",), id=str(length)) for length in (1, 60)]
+    result = evaluate(model, processor, Corpus(rows, name="asked"))
+    assert [row.id for row in result.hypotheses] == ["1"]
+    assert [problem.reason for problem in result.problems] == ["60.0 s of audio, and the language model takes 1.6 s with this question"]

@@ -8,6 +8,7 @@ of it. Every number is measured in the run.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import random
 import shutil
@@ -43,6 +44,10 @@ PROMPT = "transcribe the audio."
 TRAINING_CLIPS, SENTENCES_A_VOICE, BATCH = 1600, 6, 16
 FEWEST_STEPS, MOST_STEPS = 40, 600
 LONGEST_ANSWER = 64  # tokens, which are characters: the longest sentence has fewer
+LARGEST_SEED = 2**32 - 1  # NumPy's
+# What a run replaces of an earlier one; the marker, written before anything else, tells such a folder from one of the user's.
+REPLACED = ("training", "held-out", "steered", "projection-only")
+MARKER = "made-by-steermoe-demo.txt"
 
 
 @dataclass(frozen=True)
@@ -86,20 +91,25 @@ def run(
     """Run the demo; ``minutes`` of training are shared by the two aligners. Writes ``output``/report.html, its numbers
     as report.json, checkpoints and the clips.
 
-    FileNotFoundError without the shipped backbones, RuntimeError without espeak-ng, ValueError for a budget of no time.
+    ``output`` is new, empty or an earlier demo's, whose results are replaced. FileExistsError for a folder of anything else,
+    NotADirectoryError for a file, FileNotFoundError without the shipped backbones, RuntimeError without espeak-ng, ValueError for a budget
+    of no time and a ``seed`` outside 0 to 2^32 - 1; all but espeak-ng's before anything is written.
     """
-    if minutes <= 0:
+    if not 0 < minutes < math.inf:
         raise ValueError(f"minutes must be above 0, got {minutes:g}")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"seed must be from 0 to {LARGEST_SEED}, got {seed}")
     began, stages = time.perf_counter(), {}
     folder, console = Path(output), Console(stderr=True, highlight=False)
     encoder_path(), language_model_path()  # better missed now than after a minute of synthesis
+    _claim(folder)
 
     def stage(name: str) -> None:
         stages[name] = time.perf_counter() - began
         console.print(f"[bold]{name}[/bold] ({stages[name]:.0f} s)")
 
     stage("synthesising speech")
-    for stale in ("steered", "projection-only"):
+    for stale in REPLACED:
         shutil.rmtree(folder / stale, ignore_errors=True)
     training = _record(folder / "training", phrases(seed, training_clips, "train"), TRAINING_VOICES, seed, varied=True)
     said = phrases(1000 + seed, per_voice * len(HELD_OUT_VOICES), "heldout")
@@ -139,6 +149,18 @@ def run(
     return result
 
 
+def _claim(folder: Path) -> None:
+    """Make ``folder`` the demo's, or refuse it: a run removes folders in it, whose names a user's own might have."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: the demo needs a folder to write to")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise FileExistsError(
+            f"{folder} is not empty and not an earlier demo's, whose {', '.join(REPLACED)} would be replaced: give a new or empty folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).write_text(f"steermoe demo made this folder; when run again, it replaces {', '.join(REPLACED)} and the report.\n")
+
+
 # --- speech -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -146,8 +168,7 @@ def _record(folder: Path, said: Sequence[Phrase], voices: Sequence[Voice], seed:
     """Speak ``said`` into FLAC files, by the voices in turn; the manifest's path. ``varied``: by random ones, at rates and pitches anew."""
     import soundfile
 
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir()
     rng = random.Random(f"voices-{seed}")
     with open(folder / "manifest.jsonl", "w", encoding="utf-8") as manifest:
         for index, phrase in enumerate(said):
