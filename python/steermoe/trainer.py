@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
@@ -24,6 +23,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 
+from .checkpoint_folder import read_weights
 from .checkpoints import CheckpointError, checkpoints_in, remove_old, seal, staging_folder
 from .data import Corpus, LengthBucketSampler
 from .error_rates import UNSPACED_LANGUAGES, language_code, word_errors
@@ -480,8 +480,8 @@ class AlignerTrainer(Trainer):
         self.load_weights(Path(resume_from_checkpoint))
 
     def load_weights(self, folder: Path) -> None:
-        """Put the trained weights of a checkpoint into the model. CheckpointError if they are not this model's."""
-        saved = load_file(folder / WEIGHTS_NAME)
+        """Put the trained weights of a checkpoint into the model. CheckpointError if they are damaged or not this model's."""
+        saved = read_weights(folder / WEIGHTS_NAME)
         own = self._bare.trained_parameters()
         if saved.keys() != own.keys() or any(saved[name].shape != own[name].shape for name in own):
             raise CheckpointError(f"{folder / WEIGHTS_NAME} does not hold the trained weights of this model")
