@@ -130,6 +130,7 @@ def remove_old(run: Path, limit: int | None, keep: Collection[int | None]) -> No
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold a run's folder for one process; the lock goes with the process, however it ends. FileExistsError if another one has it."""
+    made = not run.exists()
     run.mkdir(parents=True, exist_ok=True)
     path = run / LOCK
     with open(path, "a", encoding="utf-8") as file:
@@ -143,6 +144,8 @@ def locked(run: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+            if made and not any(run.iterdir()):  # a run that could not start leaves nothing behind
+                run.rmdir()
 
 
 def remove_unfinished(run: Path) -> None:

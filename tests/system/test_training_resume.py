@@ -149,6 +149,12 @@ def test_two_runs_in_one_folder_are_refused(backbones: tuple[Path, Path], clips:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_cannot_start_leaves_nothing_behind(backbones: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        train(configuration(backbones, tmp_path / "gone.jsonl", tmp_path / "run", **SETTINGS))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_backbones_that_changed_are_refused(backbones: tuple[Path, Path], clips: Path, tmp_path: Path) -> None:
     text_model = shutil.copytree(backbones[1], tmp_path / "text")
     config = configuration((backbones[0], text_model), clips, tmp_path / "run", **SETTINGS)
