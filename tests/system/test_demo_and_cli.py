@@ -185,7 +185,7 @@ def test_scores_survive_a_file_that_cannot_be_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     record(tmp_path / "a.wav", "one two")
-    (tmp_path / "m.jsonl").write_text('{"audio_filepath": "a.wav", "text": "one \\ud800"}\n')
+    (tmp_path / "m.jsonl").write_text('{"audio_filepath": "a.wav", "text": "one three"}\n')
     (tmp_path / "h.jsonl").write_text("old")
 
     def full(*_: object, **__: object) -> None:

@@ -39,14 +39,12 @@ def _rank(rank: int, port: int, config: dict[str, Any], folder: str, resume: boo
         "MASTER_PORT": str(port),
     }
     spy = Spy()
-    try:
-        result = train(TrainingConfig.from_dict(config), callbacks=[spy], resume=resume)
-        scores = [row.id + row.hypothesis for row in result.evaluation.hypotheses] if result.evaluation else []
-        saved = {"gradients": spy.gradients, "history": result.history, "hypotheses": scores, "bad_rows": len(result.bad_rows)}
-        torch.save(saved, f"{folder}/rank-{rank}.pt")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    result = train(TrainingConfig.from_dict(config), callbacks=[spy], resume=resume)
+    scores = [row.id + row.hypothesis for row in result.evaluation.hypotheses] if result.evaluation else []
+    saved = {"gradients": spy.gradients, "history": result.history, "hypotheses": scores, "bad_rows": len(result.bad_rows)}
+    torch.save(saved, f"{folder}/rank-{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # torch 2.13 aborts now and then when gloo is torn down after DDP
 
 
 def _spawn(config: TrainingConfig, folder: Path, resume: bool = False) -> list[dict[str, Any]]:
