@@ -36,7 +36,7 @@ def problem(
 ) -> Any:
     """The compiled ``module``'s ``Problem`` for a stream (B, T, D) and the parameters of its pass."""
     batch, time, width = stream.shape
-    pool_size = min(options.pool_size, time) if options.pool else 1  # sums of it and of a time must not overflow
+    pool_size = options.pool_size if options.pool else 1
     return module.Problem(
         sizes=(batch, time, -(-time // pool_size), width, options.num_experts, options.top_k, pool_size),
         renormalize=options.renormalize,
