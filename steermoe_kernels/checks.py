@@ -151,6 +151,8 @@ def check_projection(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int | str, ...]) -> None:
+    if isinstance(tensor, Tensor) and tensor.shape == shape and tensor.dtype in _DTYPES and tensor.device == x.device:
+        return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in _DTYPES:

@@ -20,7 +20,7 @@ _POOLS = {"": 0, "max": 1, "mean": 2}
 
 def address(tensor: Tensor | None) -> int:
     """Where a tensor's numbers are; 0 for one that is absent or empty."""
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def problem(
@@ -37,19 +37,19 @@ def problem(
     """The compiled ``module``'s ``Problem`` for a stream (B, T, D) and the parameters of its pass."""
     batch, time, width = stream.shape
     pool_size = options.pool_size if options.pool else 1
-    return module.Problem(
-        sizes=(batch, time, -(-time // pool_size), width, options.num_experts, options.top_k, pool_size),
-        renormalize=options.renormalize,
-        norm=_NORMS[options.norm],
-        pool=_POOLS[options.pool],
-        eps=options.eps,
-        stream=DTYPES[stream.dtype],
-        weight=_operand(weight),
-        bias=_operand(bias),
-        vectors=_operand(vectors),
-        scale=_operand(scale),
-        norm_weight=_operand(norm_weight),
-        norm_bias=_operand(norm_bias),
+    return module.Problem(  # by position: names would double the time of the call
+        (batch, time, -(-time // pool_size), width, options.num_experts, options.top_k, pool_size),
+        options.renormalize,
+        _NORMS[options.norm],
+        _POOLS[options.pool],
+        options.eps,
+        DTYPES[stream.dtype],
+        _operand(weight),
+        _operand(bias),
+        _operand(vectors),
+        _operand(scale),
+        _operand(norm_weight),
+        _operand(norm_bias),
     )
 
 
@@ -71,6 +71,8 @@ def forward_results(x: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor
 def backward_results(y: Tensor, gates: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor | None]:
     """Room for the gradients that are needed, None for the others."""
     num_experts, width = weight.shape
-    shapes = (y.shape, (num_experts, width), (num_experts,), (num_experts, width), (), (width,), (width,))
-    dtypes = (y.dtype, *(gates.dtype,) * 6)
-    return [y.new_empty(shape, dtype=dtype) if need else None for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)]
+    shapes = ((num_experts, width), (num_experts,), (num_experts, width), (), (width,), (width,))
+    return [
+        torch.empty_like(y) if needs[0] else None,
+        *(gates.new_empty(shape) if need else None for shape, need in zip(shapes, needs[1:], strict=True)),
+    ]

@@ -9,6 +9,7 @@ normalised frame. The step is undone, ``u = y - s (g V)``, instead of storing ``
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ _lib.define("project_backward(Tensor dq, Tensor h, Tensor weight, bool[] needs) 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
+
+
+@lru_cache(maxsize=64)
+def _options(num_experts: int, *settings: Any) -> Options:
+    return Options(*(*settings, num_experts))
 
 
 def _shape(stream: Tensor, weight: Tensor) -> Shape:
@@ -105,7 +111,7 @@ def _steer(
     module = select_backend(settings[-1], x.device, x.dtype, _shape(x, weight))
     if x.numel() == 0:
         return _output_like(*tensors, *settings)
-    options = Options(*(*settings[:-1], weight.shape[0]))
+    options = _options(weight.shape[0], *settings[:-1])
     return tuple(t.contiguous() for t in module.steer_forward(*_contiguous(*tensors), options))  # type: ignore[return-value]
 
 
@@ -128,8 +134,10 @@ def _differentiate(ctx: Any, dy: Tensor | None, dnormed: Tensor | None, dgates: 
     if dy is None and dnormed is None and dgates is None:
         return nothing
     arguments = (dy, dnormed, dgates, y, gates, probs, stats, weight, vectors, scale, norm_weight, *ctx.settings, needs)
-    by_dispatcher = torch.is_grad_enabled() or _is_observed(arguments)  # with gradients of gradients, to refuse them
-    grads = torch.ops.steermoe.steer_backward(*arguments) if by_dispatcher else _steer_backward(*arguments)
+    if torch.is_grad_enabled() or _is_observed(arguments):  # with gradients of gradients, to refuse them
+        grads = torch.ops.steermoe.steer_backward(*arguments)
+    else:
+        grads = _needed_gradients(*arguments)
     du, *dparameters = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return (du if need_x else None, du if need_residual else None, *dparameters, *nothing[8:])
 
@@ -162,24 +170,32 @@ def steer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _is_observed(arguments: tuple[Any, ...]) -> bool:
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-        or not all(_is_plain(argument) for argument in arguments if isinstance(argument, Tensor))
-    )
+    ):
+        return True
+    for argument in arguments:  # noqa: SIM110 (a generator would take as long as the rest of this function)
+        if isinstance(argument, Tensor) and not _is_plain(argument):
+            return True
+    return False
 
 
-# The dispatch keys of a dense tensor on any device: the low bits stand for the device. Other keys are wrappers, views that negate, batches,
-# zeros without storage, which the dispatcher takes care of.
-_DENSE_KEYS = torch._C._dispatch_keys(torch.empty(0)).raw_repr() | 0xFFFF
+def _keys(tensor: Tensor) -> int:
+    return torch._C._dispatch_keys(tensor).raw_repr()
+
+
+# The dispatch keys of a dense tensor with numbers in it: the low bits stand for the device, one of them for none. Other keys are wrappers,
+# views that negate, batches, zeros without storage, which the dispatcher takes care of.
+_DENSE_KEYS = (_keys(torch.empty(0)) | 0xFFFF) & ~(_keys(torch.empty(0, device="meta")) & 0xFFFF)
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    known_class = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-    return known_class and not torch._C._dispatch_keys(tensor).raw_repr() & ~_DENSE_KEYS and not tensor.is_meta
+    kind = type(tensor)
+    return (kind is Tensor or kind is torch.nn.Parameter) and not _keys(tensor) & ~_DENSE_KEYS
 
 
 def _refuse_forward_mode(arguments: tuple[Any, ...]) -> None:
@@ -199,8 +215,7 @@ def _gradients_like(y: Tensor, gates: Tensor, weight: Tensor, needs: list[bool])
     return [(shape if need else (0,), dtype) for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)]
 
 
-@torch.library.impl(_lib, "steer_backward", "CompositeExplicitAutograd")
-def _steer_backward(
+def _needed_gradients(
     dy: Tensor | None,
     dnormed: Tensor | None,
     dgates: Tensor | None,
@@ -213,25 +228,31 @@ def _steer_backward(
     scale: Tensor,
     norm_weight: Tensor | None,
     *settings: Any,
-) -> tuple[Tensor, ...]:
+) -> list[Tensor | None]:
+    """The seven gradients; those nobody needs may be None."""
     *options, backend, needs = settings
-    likes = _gradients_like(y, gates, weight, needs)
     if y.numel() == 0:
-        return tuple(y.new_zeros(shape, dtype=dtype) for shape, dtype in likes)
+        return [y.new_zeros(shape, dtype=dtype) for shape, dtype in _gradients_like(y, gates, weight, needs)]
     module = select_backend(backend, y.device, y.dtype, _shape(y, weight))
-    grads = module.steer_backward(
+    return module.steer_backward(
         *_contiguous(dy, dnormed, dgates),
         y,
         gates,
         probs,
         stats,
         *_contiguous(weight, vectors, scale, norm_weight),
-        Options(*(*options, weight.shape[0])),
+        _options(weight.shape[0], *options),
         needs,
     )
+
+
+@torch.library.impl(_lib, "steer_backward", "CompositeExplicitAutograd")
+def _steer_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """`_needed_gradients` as the fake promises them: contiguous, and of size 0 where nobody needs them."""
+    y, gates, weight, needs = arguments[3], arguments[4], arguments[7], arguments[-1]
     return tuple(
         grad.to(dtype).contiguous() if need and grad is not None else y.new_zeros(shape, dtype=dtype)
-        for grad, need, (shape, dtype) in zip(grads, needs, likes, strict=True)
+        for grad, need, (shape, dtype) in zip(_needed_gradients(*arguments), needs, _gradients_like(y, gates, weight, needs), strict=True)
     )
 
 

@@ -123,7 +123,7 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, shape: c
     measured to be the fastest for the ``shape``, where there is such a measurement. Raises as `get_backend`, and RuntimeError if the
     backend that was asked for does not take this device or dtype.
     """
-    if name == "auto" and (name := os.environ.get("STEERMOE_BACKEND") or "auto") not in ("auto", *_modules()):
+    if name == "auto" and (name := os.environ.get("STEERMOE_BACKEND") or "auto") != "auto" and name not in _modules():
         raise ValueError(f"STEERMOE_BACKEND={name} names no backend: choose one of auto, {', '.join(_modules())}")
     if name != "auto":
         backend = get_backend(name)

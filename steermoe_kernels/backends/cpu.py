@@ -10,7 +10,6 @@ import importlib
 import os
 from functools import cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +40,8 @@ def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if device.type == "cpu" else f"it takes tensors on the CPU, got {device}"
 
 
-def _threading() -> dict[str, Any]:
-    return {"threads": torch.get_num_threads(), "level": os.environ.get("STEERMOE_SIMD", "")}
+def _threading() -> tuple[int, str]:
+    return torch.get_num_threads(), os.environ.get("STEERMOE_SIMD", "")
 
 
 def steer_forward(
@@ -59,14 +58,14 @@ def steer_forward(
     y, normed, gates, probs, stats = forward_results(x, options)
     _core().forward(
         problem(_core(), x, options, weight, bias, vectors, scale, norm_weight, norm_bias),
-        x=address(x),
-        residual=address(residual),
-        y=address(y),
-        normed=address(normed),
-        gates=address(gates),
-        probs=address(probs),
-        stats=address(stats),
-        **_threading(),
+        address(x),
+        address(residual),
+        address(y),
+        address(normed),
+        address(gates),
+        address(probs),
+        address(stats),
+        *_threading(),
     )
     return y, normed, gates, probs, stats
 
@@ -89,14 +88,14 @@ def steer_backward(
     results = backward_results(y, gates, weight, needs)
     _core().backward(
         problem(_core(), y, options, weight, None, vectors, scale, norm_weight, None),
-        dy=address(dy),
-        dnormed=address(dnormed),
-        dgates=address(dgates),
-        y=address(y),
-        gates=address(gates),
-        probs=address(probs),
-        stats=address(stats),
-        results=[address(result) for result in results],
-        **_threading(),
+        address(dy),
+        address(dnormed),
+        address(dgates),
+        address(y),
+        address(gates),
+        address(probs),
+        address(stats),
+        [address(result) for result in results],
+        *_threading(),
     )
     return tuple(results)

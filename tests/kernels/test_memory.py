@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,3 +212,30 @@ def test_a_steered_stream_changed_in_place_is_noticed(backend: str, device: torc
     y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def _large_pages_on_request() -> bool:
+    """Whether Linux backs memory with pages of 2 MB where a process asks for them."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.is_file() and "[never]" not in setting.read_text()
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.skipif(not _large_pages_on_request(), reason="this system has no transparent huge pages")
+@pytest.mark.parametrize("norm", ["", "layer"])
+def test_fresh_streams_on_the_cpu_come_in_large_pages(norm: str) -> None:
+    """At 40 MB a tensor, C libraries take memory from the system and give it back: each result's pages are all new."""
+    problem = Problem(batch=1, frames=40_000, width=256, num_experts=2, norm=norm)
+    inputs, gradients = draw(problem, torch.float32, torch.device("cpu"))
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        outputs = call(SF, problem, leaves, {"backend": "cpu"})
+        y = outputs["y"]
+        torch.autograd.grad(y, list(leaves.values()), gradients["y"], allow_unused=True)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    fresh = (2 + bool(norm)) * problem.frames * problem.width * 4 / resource.getpagesize()
+    counts = [faults() for _ in range(5)]
+    assert min(counts) < 0.25 * fresh, f"{counts} page faults, {fresh:.0f} small pages"
