@@ -15,8 +15,6 @@ __all__ = ["Capacity", "capacity"]
 
 # Tokens that are kept for the answer to a question, however much audio it is about.
 LEAST_ANSWER = 32
-# Hz of the frames that filterbank feature extractors compute, before they stack ``stride`` of them.
-FILTERBANK_RATE = 100
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def capacity(model: Any, processor: Any, prompt: str) -> Capacity:
         return Capacity(processor.max_seconds)
     text = prompt.replace(AUDIO_TOKEN, "")
     taken = processor(messages=[[{"role": "user", "content": text}]])["input_ids"].shape[1]
-    found = Capacity(processor.max_seconds, limit - taken, lambda seconds: _audio_tokens(processor, seconds))
+    found = Capacity(processor.max_seconds, limit - taken, processor.audio_tokens)
     if found.longest_clip(found.answer({})) < min(1.0, found.clip_seconds):
         raise ValueError(f"the prompt has {taken} tokens, and the language model takes {limit}: too few are left for audio and an answer")
     return found
@@ -78,15 +76,3 @@ def _limit(language_model: Any, processor: Any) -> int | None:
     positions = getattr(language_model.config.get_text_config(), "max_position_embeddings", None)
     known = [count for count in (positions, processor.tokenizer.model_max_length) if count is not None and 0 < count < 10**9]
     return min(known) if known else None
-
-
-def _audio_tokens(processor: Any, seconds: float) -> int:
-    """The embeddings that the language model gets for a clip, counted as the processor does, or one more."""
-    counts, samples = processor.counts, math.ceil(seconds * processor.sampling_rate)
-    if counts.layout == "mel":
-        features = -(-samples // processor.feature_extractor.hop_length)
-    elif counts.layout == "filterbank":
-        features = -(-samples * FILTERBANK_RATE // (processor.sampling_rate * processor.feature_extractor.stride))
-    else:
-        features = samples
-    return int(counts.pooled(counts.whole_windows(features, processor.pool_size), processor.pool_size))

@@ -24,7 +24,8 @@ class SteerMoEConfig(PretrainedConfig):
     ``renormalize``, ``steering_scale`` and ``backend`` are `FusedSteerMoE`'s. The encoder's frames are pooled by ``pool`` ("max", "mean",
     or None with a size of 1) over ``pool_size`` frames. ``audio_token_id`` is the tokenizer's id of ``audio_token``. ``audio_padding``
     "longest" encodes a clip as long as it is, and "max_length" with silence up to the encoder's longest input, as Whisper was trained;
-    either way the language model reads the clip's own frames only. ValueError for values outside these.
+    either way the language model reads the clip's own frames only. ValueError for values outside these, TypeError for a name that is
+    nearly one of these; any other name is transformers' or the user's, and kept.
     """
 
     model_type = "steermoe"
@@ -50,6 +51,9 @@ class SteerMoEConfig(PretrainedConfig):
         audio_padding: str = "longest",
         **kwargs: Any,
     ) -> None:
+        for name in kwargs:
+            if close := difflib.get_close_matches(name, self.field_names(), n=1, cutoff=0.85):
+                raise TypeError(f"SteerMoEConfig has no field {name!r} (did you mean {close[0]!r}?)")
         _check_number("num_experts", num_experts, whole=True)
         if top_k is not None:
             _check_number("top_k", top_k, whole=True)

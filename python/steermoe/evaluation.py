@@ -186,7 +186,7 @@ def evaluate(
 
     Rows without a text or with unusable audio are not scored but named in ``problems`` and in the JSONL; more than ``max_bad_rows`` raise
     TooManyBadRows. ValueError for an unknown task or language and where no row can be scored; OSError, before anything is generated, for an
-    ``output`` that cannot be written.
+    ``output`` that cannot be written. Where writing fails in the end, the OSError has the result as its attribute ``evaluation``.
     """
     if task is not None and task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)} or None, got {task!r}")
@@ -228,7 +228,11 @@ def evaluate(
         seconds=seconds,
     )
     if output is not None:
-        evaluation.write_jsonl(output)
+        try:
+            evaluation.write_jsonl(output)
+        except OSError as error:
+            error.evaluation = evaluation  # type: ignore[attr-defined] # what took hours is not lost with a full disk
+            raise
     return evaluation
 
 

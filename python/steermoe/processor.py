@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ IGNORED = -100
 UNLIMITED_SECONDS = 30.0
 # Less audio gives no filterbank frame that could be normalised; it is filled up with silence.
 SHORTEST_SECONDS = 0.1
+# Seconds that a frame of filterbanks covers, and from one to the next; feature extractors stack ``stride`` of them.
+FILTERBANK_WINDOW, FILTERBANK_HOP = 0.025, 0.01
 
 # What transformers writes of a processor. Of the vocabularies there is one, as the kind of tokenizer has it.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
@@ -391,6 +394,19 @@ class SteerMoEProcessor(ProcessorMixin):
         extracted = self.feature_extractor(samples, sampling_rate=self.sampling_rate, padding=True, return_tensors="np")
         features = torch.from_numpy(np.asarray(extracted["input_features"][0], dtype=np.float32))
         return features, features.shape[0]
+
+    def audio_tokens(self, seconds: float) -> int:
+        """How many tokens of a prompt a clip of so many ``seconds`` takes."""
+        samples = math.ceil(seconds * self.sampling_rate)
+        if self.counts.layout == "mel":
+            features = -(-samples // self.feature_extractor.hop_length)
+        elif self.counts.layout == "filterbank":
+            window, hop, shortest = (round(time * self.sampling_rate) for time in (FILTERBANK_WINDOW, FILTERBANK_HOP, SHORTEST_SECONDS))
+            frames = 1 + (max(samples, shortest) - window) // hop
+            features = -(-frames // self.feature_extractor.stride)
+        else:
+            features = samples
+        return int(self.counts.pooled(self.counts.whole_windows(features, self.pool_size), self.pool_size))
 
     # Text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -16,7 +17,7 @@ from tones import ToneModel, ToneProcessor, record
 
 from steermoe.data import Corpus, Example, Problem, TooManyBadRows
 from steermoe.error_rates import bootstrap, language_code, normalizer
-from steermoe.evaluation import evaluate, exact_match, word_errors
+from steermoe.evaluation import Evaluation, evaluate, exact_match, word_errors
 
 WORDS = ["one two three", "four", "five six seven eight nine zero " * 4, "yes", "no one two", "three four"]
 
@@ -184,6 +185,17 @@ def test_rows_that_cannot_be_scored_are_named(tmp_path: Path) -> None:
         evaluate(model, ToneProcessor(), Corpus([rows[1]], name="tones"))
     with pytest.raises(ValueError, match="tones has no row to score: m:10: no text"):
         evaluate(model, ToneProcessor(), Corpus([rows[2]], name="tones"))
+
+
+def test_scores_outlive_a_disk_that_is_full_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Evaluation, path: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Evaluation, "write_jsonl", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        evaluate(ToneModel(), ToneProcessor(), corpus_of(tmp_path, ["one", "two"]), output=tmp_path / "h.jsonl")
+    result = caught.value.evaluation  # type: ignore[attr-defined]
+    assert [row.hypothesis for row in result.hypotheses] == ["one", "two"] and result.errors is not None
 
 
 def test_an_output_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:

@@ -392,6 +392,12 @@ def test_config_survives_a_round_trip() -> None:
     assert again.to_dict() == config.to_dict() and (again.pool, again.pool_size, again.top_k) == ("mean", 5, 2)
 
 
+def test_a_field_that_is_nearly_one_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"SteerMoEConfig has no field 'num_expert' \(did you mean 'num_experts'\?\)"):
+        SteerMoEConfig(num_expert=4)
+    assert SteerMoEConfig(my_note="kept").my_note == "kept"
+
+
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_frame_counts(kind: str, encoder_folder: Folder) -> None:
     """The arithmetic against what the encoder really puts out."""

@@ -159,6 +159,18 @@ def test_clips_of_any_length(kind: str, samples: int, encoder_folder: Callable[[
     assert abs(processor.counts.frames(length) - samples / 16000 * frames_a_second) < 6.5
 
 
+@pytest.mark.parametrize("pool_size", [1, 3, 4])
+@pytest.mark.parametrize("kind", ["whisper", "wav2vec2", "w2v_bert"])
+def test_tokens_of_a_clip_are_known_beforehand(
+    kind: str, pool_size: int, encoder_folder: Callable[[str], Path], tiny_language_model: Path
+) -> None:
+    processor = SteerMoEProcessor.from_backbones(encoder_folder(kind), tiny_language_model, pool_size=pool_size)
+    for samples in (1, 1599, 1600, 1601, 5119, 5120, 5121, 16000, 31999, 32000):
+        batch = processor([user("Hear")], [noise(samples / 16000)])
+        taken = int((batch["input_ids"] == processor.audio_token_id).sum())
+        assert processor.audio_tokens(samples / 16000) == taken, samples
+
+
 def test_saved_and_loaded(processor: SteerMoEProcessor, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     for kind in (SteerMoEProcessor, transformers.AutoProcessor):
