@@ -24,7 +24,8 @@ from .error_rates import word_errors
 from .evaluation import Evaluation
 from .model import SteerMoEForConditionalGeneration
 from .processor import SteerMoEProcessor
-from .trainer import CONFIG_NAME, LOSS_STATE_NAME, ROWS_NAME, AlignerTrainer, runs_on_cpu
+from .trainer import CONFIG_NAME, LOSS_STATE_NAME, ROWS_NAME, AlignerTrainer
+from .training_arguments import runs_on_cpu
 from .training_config import ModelConfig, TrainingConfig, load_config
 
 __all__ = ["TrainingResult", "build", "train"]

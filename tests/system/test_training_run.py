@@ -14,8 +14,9 @@ from training_runs import Spy, configuration, corpus, curve
 from steermoe.checkpoints import verify
 from steermoe.data import TooManyBadRows
 from steermoe.statistics import read_statistics
-from steermoe.trainer import CONFIG_NAME, GROUPS, STATISTICS_NAME, parameter_groups, score_of, training_arguments
+from steermoe.trainer import CONFIG_NAME, GROUPS, STATISTICS_NAME, parameter_groups
 from steermoe.training import build, train
+from steermoe.training_arguments import score_of, training_arguments
 from steermoe_kernels import reference
 from steermoe_kernels.encoders import describe_encoder
 

@@ -117,17 +117,19 @@ def run(
 
     model_config = ModelConfig("shipped", "shipped", pool="max", pool_size=2)
     steps = _affordable_steps(model_config, training, 60 * minutes / 2, seed)
-    rivals = []
+    rivals, models = [], []
     for name, config in (("steered", model_config), ("projection-only", _projection_only(model_config))):
         stage(f"training: {name}, {steps} steps of {BATCH} clips")
-        rivals.append(_train(name, config, training, heard, folder / name, steps, seed, console))
+        rival, trained = _train(name, config, training, heard, folder / name, steps, seed, console)
+        rivals.append(rival)
+        models.append(trained)
     steered, projection = rivals
 
     stage("asking a question")
     model, processor = _reload(steered.checkpoint)
     question = _ask(model, processor, said, heard)
     stage("verifying the backbones")
-    preservation = verify(steered.checkpoint)
+    preservation = verify(models[0])  # the very modules that training went through, against the untouched files
     stage("timing the kernels")
     timings = _time_backends(model, processor, training)
     stages["writing the report"] = time.perf_counter() - began
@@ -224,7 +226,7 @@ def _affordable_steps(config: ModelConfig, training: Path, seconds: float, seed:
 
 def _train(
     name: str, model_config: ModelConfig, training: Path, heard: Path, folder: Path, steps: int, seed: int, console: Console
-) -> Rival:
+) -> tuple[Rival, Any]:
     model, processor = build(model_config, seed=seed)
     # An untrained aligner says something, and never stops: a few clips of each voice show that.
     untrained = _evaluate(model, processor, heard, first=2 * len(HELD_OUT_VOICES))
@@ -235,7 +237,7 @@ def _train(
     trained = _evaluate(result.model, processor, heard)
     console.print(f"  trained:   {_words(trained)}")
     learnt = [parameter for parameter in result.model.trained_parameters().values() if parameter.requires_grad]
-    return Rival(
+    rival = Rival(
         name,
         sum(parameter.numel() for parameter in learnt),
         result.steps,
@@ -245,6 +247,7 @@ def _train(
         trained,
         result.last_checkpoint,
     )
+    return rival, result.model
 
 
 def _evaluate(model: Any, processor: Any, heard: Path, first: int | None = None) -> Evaluation:
