@@ -32,7 +32,7 @@ from steermoe.backbones.soft_prompts import (
     sounds,
 )
 from steermoe.backbones.tokenizer import build_tokenizer
-from steermoe.demo.phrases import phrases, sentences, split_of
+from steermoe.demo.phrases import Phrase, phrases, sentences, split_of
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,8 @@ def test_every_task_on_heldout_sentences(model: LlamaForCausalLM, tokenizer: Pre
     """The accuracies of training.json, measured again on 24 other sentences: so few may lie 0.15 below, and 0.25 where it errs often."""
     told = json.loads((language_model_path() / "training.json").read_text())["task_accuracies"]
     measured = train_language_model.task_accuracies(model, tokenizer, 24, seed=5)
-    reliable = {"transcribe", "question", "spell", "first word", "last word", "repeat"}
-    assert set(measured) == set(told) == reliable | {"count", "yes or no"}
+    reliable = {"transcribe", "question", "spell", "first word", "last word", "next word", "repeat"}
+    assert set(measured) == set(told) == reliable | {"count", "numbered word", "yes or no"}
     assert all(told[task] >= 0.95 for task in reliable)
     for task, accuracy in measured.items():
         assert accuracy >= told[task] - (0.15 if task in reliable else 0.25), f"{task}: {accuracy} of 24, {told[task]} in training.json"
@@ -224,8 +224,15 @@ def test_every_task_answers_about_the_sentence() -> None:
     listed = phrase.text.split()
     assert chat_tasks.transcribe(phrase, rng).answer == chat_tasks.repeat(phrase, rng).answer == phrase.text
     assert chat_tasks.count_words(phrase, rng).answer == chat_tasks.NUMBER_WORDS[len(listed)]
+    assert chat_tasks.next_word(Phrase("two two two"), rng).task == "first word", "no word has a place of its own"
     assert (chat_tasks.first_word(phrase, rng).answer, chat_tasks.last_word(phrase, rng).answer) == (listed[0], listed[-1])
     for _ in range(20):
+        turn = chat_tasks.numbered_word(phrase, rng)
+        ordinal = next(word for word in turn.instruction.split() if word in chat_tasks.ORDINALS)
+        assert turn.answer == listed[chat_tasks.ORDINALS.index(ordinal)]
+        turn = chat_tasks.next_word(phrase, rng)
+        before = re.fullmatch(r"which word follows (\w+)\?|what comes after (\w+)\?", turn.instruction)
+        assert listed[listed.index(before[1] or before[2]) + 1] == turn.answer
         turn = chat_tasks.occurs(phrase, rng)
         word = re.fullmatch(r"is the word (\w+) in it\?|does it say (\w+)\?", turn.instruction)
         assert turn.answer == ("yes" if (word[1] or word[2]) in listed else "no")

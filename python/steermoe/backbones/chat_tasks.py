@@ -12,6 +12,7 @@ TRANSCRIBE = "transcribe the audio."
 """The canonical instruction; it stands right after the content."""
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 WORDS = words()
 
 
@@ -53,6 +54,23 @@ def last_word(phrase: Phrase, rng: random.Random) -> Turn:
     return Turn("last word", rng.choice(("what is the last word?", "last word?")), phrase.text.split()[-1])
 
 
+def numbered_word(phrase: Phrase, rng: random.Random) -> Turn:
+    """Counting that is answered with a word: where the one word "six" teaches little, this tells at which word the count went wrong."""
+    listed = phrase.text.split()
+    index = rng.randrange(len(listed))
+    return Turn("numbered word", rng.choice(("what is the {} word?", "{} word?")).format(ORDINALS[index]), listed[index])
+
+
+def next_word(phrase: Phrase, rng: random.Random) -> Turn:
+    """The word behind a given one: to find a word is what yes or no asks for as well, and says next to nothing about how."""
+    listed = phrase.text.split()
+    places = [index for index in range(len(listed) - 1) if listed.count(listed[index]) == 1]
+    if not places:
+        return first_word(phrase, rng)
+    index = rng.choice(places)
+    return Turn("next word", rng.choice(("which word follows {}?", "what comes after {}?")).format(listed[index]), listed[index + 1])
+
+
 def occurs(phrase: Phrase, rng: random.Random) -> Turn:
     listed = phrase.text.split()
     word = rng.choice(listed) if rng.random() < 0.5 else rng.choice(WORDS)
@@ -83,13 +101,15 @@ def ask(phrase: Phrase, rng: random.Random) -> Turn:
 
 
 TASKS: dict[Callable[[Phrase, random.Random], Turn], float] = {
-    transcribe: 0.46,
-    ask: 0.15,
-    spell: 0.08,
-    count_words: 0.11,
-    first_word: 0.04,
-    last_word: 0.04,
-    occurs: 0.12,
+    transcribe: 0.4,
+    ask: 0.12,
+    spell: 0.07,
+    count_words: 0.1,
+    first_word: 0.03,
+    last_word: 0.03,
+    numbered_word: 0.07,
+    next_word: 0.07,
+    occurs: 0.11,
 }
 """Every task with its share of training. `repeat` is for written content only, where it means letter by letter, lexicon or not."""
 

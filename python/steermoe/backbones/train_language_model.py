@@ -1,9 +1,9 @@
 """Trains the tiny language model that the demo steers an encoder towards: `python -m steermoe.backbones.train_language_model`.
 
-A Llama of 1.8 million parameters over characters learns from generated sentences (`demo/phrases.py`) to transcribe, repeat, spell, count
-and answer. Its contents are written, or spoken: soft prompts as in `soft_prompts.py`. More than half of the spoken ones come through
-simulated encoders whose projection is being learned from scratch at that moment and is thrown away after a few hundred steps for another:
-so the model has met every stage of an aligner's training, the hopeless beginning included, before it is frozen.
+A Llama of 1.8 million parameters over characters learns from generated sentences (`demo/phrases.py`) to transcribe, repeat, spell, count,
+find words and answer. Its contents are written, or spoken: soft prompts as in `soft_prompts.py`. More than half of the spoken ones come
+through simulated encoders whose projection is being learned from scratch at that moment and is thrown away after a few hundred steps for
+another: so the model has met every stage of an aligner's training, the hopeless beginning included, before it is frozen.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import platform
 import random
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -142,7 +143,8 @@ def task_accuracies(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase,
         for row, prompt in enumerate(prompts):
             batch[row, : len(prompt)] = torch.tensor(prompt)
         answers = generate_padded(model, tokenizer, token_embeddings(model)(batch), [len(prompt) for prompt in prompts], 60)
-        accuracies[turns[0].task] = sum(answer == turn.answer for answer, turn in zip(answers, turns, strict=True)) / count
+        name = Counter(turn.task for turn in turns).most_common(1)[0][0]  # a task that does not fit a sentence hands it to another
+        accuracies[name] = sum(answer == turn.answer for answer, turn in zip(answers, turns, strict=True)) / count
     return accuracies
 
 
@@ -289,7 +291,7 @@ def note_losses(sums: dict[str, list[float]], batch: Batch, losses: Tensor) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "language_model")
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--tokens", type=int, default=6144, help="positions a batch, padding included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
