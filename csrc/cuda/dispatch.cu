@@ -6,6 +6,9 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <mutex>
+#include <set>
+#include <utility>
 #endif
 
 namespace steer::cuda {
@@ -102,6 +105,18 @@ Machine machine_of(int device) {
   machine.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   machine.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   return machine;
+}
+
+void allow_shared_memory(const char* name, const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), name);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) > 0) return;  // asking the driver again can make it wait for copies that are under way
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+  allowed.insert({kernel, device});
 }
 
 std::string architectures() { return STEER_ARCHITECTURES; }

@@ -56,11 +56,15 @@ class DeviceGuard {
 
 Machine machine_of(int device);
 
+// Lets a kernel have all the shared memory that a block of the current device can have. Always all of it, whatever the launch takes: the
+// limit belongs to the kernel, which other threads may be launching, too, and one that set a lower limit would make their launches fail.
+void allow_shared_memory(const char* name, const void* kernel);
+
 // Blocks of a kernel that a multiprocessor holds at a time, at least one.
 template <typename Kernel>
 int resident_blocks(const char* name, Kernel kernel, std::int64_t shared) {
   int blocks = 0;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  allow_shared_memory(name, reinterpret_cast<const void*>(kernel));
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared), name);
   return blocks < 1 ? 1 : blocks;
 }
@@ -69,7 +73,7 @@ template <typename... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, std::int64_t shared, Stream stream, Parameters... arguments) {
   void* addresses[] = {&arguments...};
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  allow_shared_memory(name, reinterpret_cast<const void*>(kernel));
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(kThreads), addresses, static_cast<std::size_t>(shared),
                          static_cast<cudaStream_t>(stream.handle)),
         name);
