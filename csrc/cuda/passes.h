@@ -71,10 +71,15 @@ Workspace backward_pass(const Backward& call, const Machine& machine, float* bas
     }
     return plan.workspace;
   }
-  const auto run = [&](auto kernel) {
-    launch("steer_backward_kernel", kernel, Grid{plan.first.blocks}, plan.first.shared_bytes, stream, call, plan.first, plan.workspace);
-  };
   const bool sums = holds(call) && wants_parameters(call);
+  const auto run = [&](auto kernel) {
+    // A block that holds sums writes one of the workspace's shares of them. The others are as many as there is room for.
+    const std::int64_t blocks =
+        sums ? plan.first.blocks
+             : std::min(plan.first.tiles(),
+                        std::int64_t{machine.multiprocessors} * resident_blocks("steer_backward_kernel", kernel, plan.first.shared_bytes));
+    launch("steer_backward_kernel", kernel, Grid{blocks}, plan.first.shared_bytes, stream, call, plan.first, plan.workspace);
+  };
   if (p.weight.dtype == DType::kFloat32)
     run(sums ? &steer_backward_kernel<S, float, kHeldSteps> : &steer_backward_kernel<S, float, 0>);
   else

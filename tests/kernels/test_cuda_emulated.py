@@ -61,7 +61,12 @@ class Device:
 
     def take_launched(self) -> list[str]:
         """Names of the kernels launched since the last call."""
-        return self._controls.emulator_take_launched().decode().split()
+        return [name for name, _ in self.take_grids()]
+
+    def take_grids(self) -> list[tuple[str, int]]:
+        """The same, with their numbers of blocks."""
+        launches = (line.split() for line in self._controls.emulator_take_launched().decode().splitlines())
+        return [(name, int(blocks)) for name, blocks in launches]
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +178,16 @@ def test_whatever_fits_into_shared_memory(shared_kib: int, emulated: Device) -> 
         _check(problem, torch.bfloat16, count=2)
         _check(problem, torch.float32, count=2)
         assert set(emulated.take_launched()) <= kernels | PLAIN
+
+
+@pytest.mark.parametrize("wanted", [("x",), P.wanted], ids=len)
+def test_blocks_that_hold_no_sums_fill_the_machine(wanted: tuple[str, ...], emulated: Device) -> None:
+    """Their tiles are cut for two blocks a multiprocessor, which hide each other's copies."""
+    emulated.set_machine(3, 163 * KIB)
+    problem = P(frames=200, width=40, num_experts=20, norm="layer", residual=True, wanted=wanted)
+    fused(problem, *draw(problem, torch.bfloat16), "cuda")
+    grids = dict(emulated.take_grids())
+    assert grids["steer_forward_kernel"] == grids["steer_backward_kernel"] == 2 * 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

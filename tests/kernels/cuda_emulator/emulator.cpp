@@ -202,7 +202,7 @@ void emulator_set_machine(int multiprocessors, std::int64_t shared_bytes) {
   steer::cuda::emulator::machine = {multiprocessors, shared_bytes, shared_bytes + 1024};
 }
 
-// The kernels launched since the last call, one a line.
+// The kernels launched since the last call, one a line, with their numbers of blocks.
 const char* emulator_take_launched() {
   using namespace steer::cuda::emulator;
   static std::string lines;
