@@ -35,7 +35,7 @@ struct BackwardShared {
 };
 
 template <typename S, typename P, int Steps>
-STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? 2 : 1)
+STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
     steer_backward_kernel(const Backward call, const Plan plan, const Workspace workspace) {
   using G = GradientType<S>;
   constexpr bool kFine = std::is_same_v<S, float>;

@@ -63,7 +63,7 @@ STEER_DEVICE void norm_window(const Forward& call, const Plan& plan, Tile<S> y, 
 
 // S: the stream's type; P: that of W and V.
 template <typename S, typename P>
-STEER_KERNEL STEER_THREADS(kThreads, 2) steer_forward_kernel(const Forward call, const Plan plan) {
+STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forward call, const Plan plan) {
   using M = std::conditional_t<std::is_same_v<S, Half> && std::is_same_v<P, Half>, Half, BFloat16>;
   constexpr bool kFine = std::is_same_v<S, float>;
   const Problem& problem = call.problem;

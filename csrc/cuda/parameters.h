@@ -24,7 +24,7 @@ struct ParameterShared {
 };
 
 template <typename S, int Groups>
-STEER_KERNEL STEER_THREADS(kThreads, Groups == 1 ? 2 : 1)
+STEER_KERNEL STEER_THREADS(kThreads, Groups == 1 ? kResident : 1)
     steer_parameters_kernel(const Backward call, const Plan plan, const Workspace workspace) {
   using G = GradientType<S>;
   constexpr bool kFine = std::is_same_v<S, float>;

@@ -51,7 +51,7 @@ STEER_DEVICE float pool_column(const Problem& problem, const S* y, const PlainWi
 }
 
 template <typename S>
-STEER_KERNEL STEER_THREADS(kThreads, 2) steer_forward_plain_kernel(const Forward call, const Plan plan) {
+STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_plain_kernel(const Forward call, const Plan plan) {
   const Problem& problem = call.problem;
   const int width = static_cast<int>(problem.width), experts = static_cast<int>(problem.experts);
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
@@ -137,7 +137,8 @@ STEER_DEVICE float plain_gradient(const Backward& call, const PlainWindow& windo
 
 // du, and for plain_parameters dz, the rows' numbers and sum_e g a.
 template <typename S>
-STEER_KERNEL STEER_THREADS(kThreads, 2) steer_backward_plain_kernel(const Backward call, const Plan plan, const Workspace workspace) {
+STEER_KERNEL STEER_THREADS(kThreads, kResident)
+    steer_backward_plain_kernel(const Backward call, const Plan plan, const Workspace workspace) {
   const Problem& problem = call.problem;
   const int width = static_cast<int>(problem.width), experts = static_cast<int>(problem.experts);
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
@@ -207,7 +208,8 @@ STEER_KERNEL STEER_THREADS(kThreads, 2) steer_backward_plain_kernel(const Backwa
 
 // Block (x, split, z): 32 columns of the width, or of M behind them, for experts 8 z .. 8 z + 7 and the split's windows.
 template <typename S>
-STEER_KERNEL STEER_THREADS(kThreads, 2) steer_parameters_plain_kernel(const Backward call, const Plan plan, const Workspace workspace) {
+STEER_KERNEL STEER_THREADS(kThreads, kResident)
+    steer_parameters_plain_kernel(const Backward call, const Plan plan, const Workspace workspace) {
   constexpr int kSums = 2 * kPlainExperts + 2;
   const Problem& problem = call.problem;
   const int width = static_cast<int>(problem.width), experts = static_cast<int>(problem.experts);

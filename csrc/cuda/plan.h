@@ -60,7 +60,7 @@ inline bool plan_tiles(Plan& plan, const Machine& machine, std::int64_t row_byte
     const int whole = std::max(1, static_cast<int>(std::min<std::int64_t>(rows, share)) / plan.window) * plan.window;
     plan.frames = whole;
     const std::int64_t one = blocks(whole, 1), two = blocks(whole, 2);
-    if (one >= 3 || (one >= 2 && two < 2)) {
+    if (one >= 2 && two < 2) {
       plan.stages = 1;
     } else if (two >= 1) {
       plan.stages = 2;
@@ -82,7 +82,7 @@ bool plan_forward(const Forward& call, const Machine& machine, Plan& plan) {
   plan = plan_windows(p);
   plan.stride = tile_stride<S>(static_cast<int>(p.width));
   const std::int64_t row = static_cast<std::int64_t>(plan.stride) * sizeof(S) * (call.residual == nullptr ? 1 : 2);
-  return plan_tiles(plan, machine, row, 4 * ForwardShared(static_cast<int>(p.experts)).end(), 4, 1);
+  return plan_tiles(plan, machine, row, 4 * ForwardShared(static_cast<int>(p.experts)).end(), kResident, 1);
 }
 
 // Whether a block can hold the sums of the parameters' gradients.
@@ -104,7 +104,7 @@ bool plan_backward(const Backward& call, const Machine& machine, Plan& plan) {
   const std::int64_t tiles = 1 + GradientTiles<S>(call).second + needs_y;
   const std::int64_t fixed = 4 * BackwardShared(static_cast<int>(p.experts), sums, static_cast<int>(p.width)).end();
   // With sums, a block's registers are all a multiprocessor has; and every block costs a partial, which is worth some frames.
-  if (!plan_tiles(plan, machine, static_cast<std::int64_t>(plan.stride) * sizeof(S) * tiles, fixed, sums ? 1 : 3, sums ? 4 : 1))
+  if (!plan_tiles(plan, machine, static_cast<std::int64_t>(plan.stride) * sizeof(S) * tiles, fixed, sums ? 1 : kResident, sums ? 4 : 1))
     return false;
   plan.blocks = static_cast<int>(std::min<std::int64_t>(plan.tiles(), machine.multiprocessors));
   return true;

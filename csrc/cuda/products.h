@@ -19,6 +19,7 @@ namespace steer::cuda {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kResident = 2;      // blocks of a multiprocessor, whose registers are not enough for a third
 constexpr int kRows = 16;         // frames the tensor cores take at once
 constexpr int kDotsStep = 32;     // columns
 constexpr int kMixStep = 64;      // columns, of `outer` too

@@ -31,7 +31,7 @@ STEER_DEVICE float sum_splits(const float* partials, std::int64_t pitch, int spl
 }
 
 // Block (x, e): 128 columns of expert e; behind the experts, of what belongs to none.
-STEER_KERNEL STEER_THREADS(kThreads, 2) steer_reduction_kernel(const Backward call, const Workspace workspace) {
+STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_reduction_kernel(const Backward call, const Workspace workspace) {
   const Problem& problem = call.problem;
   const int width = static_cast<int>(problem.width), experts = static_cast<int>(problem.experts), splits = workspace.splits;
   const int column = block_index() * kReductionColumns, e = block_index_y();

@@ -180,6 +180,27 @@ def test_whatever_fits_into_shared_memory(shared_kib: int, emulated: Device) -> 
         assert set(emulated.take_launched()) <= kernels | PLAIN
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(
+    "problem, kernels",
+    [
+        (P(frames=150, width=40, num_experts=8, norm="layer", residual=True), FAST),
+        (P(frames=150, width=264, num_experts=8, norm="layer", residual=True), FAST),
+        (P(batch=2, frames=77, width=40, num_experts=20, norm="rms", pool="max", pool_size=3, top_k=2), AGAIN),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shared_kib", [163, 99])
+def test_blocks_that_walk_over_many_tiles(
+    problem: Problem, kernels: set[str], dtype: torch.dtype, shared_kib: int, emulated: Device
+) -> None:
+    """The next tile's copies come while this one is in use, to the room that the last one had."""
+    emulated.set_machine(1, shared_kib * KIB)
+    emulated.set_order("random", 3)
+    _check(problem, dtype, count=1)
+    assert set(emulated.take_launched()) == kernels
+
+
 @pytest.mark.parametrize("wanted", [("x",), P.wanted], ids=len)
 def test_blocks_that_hold_no_sums_fill_the_machine(wanted: tuple[str, ...], emulated: Device) -> None:
     """Their tiles are cut for two blocks a multiprocessor, which hide each other's copies."""
