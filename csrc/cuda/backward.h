@@ -62,12 +62,10 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
   const auto fetch = [&](std::int64_t tile, int stage) {
     if (tile < plan.tiles()) {
       const Span span = span_of(plan, tile);
-      if (call.dy != nullptr)
-        copy_rows(tile_of(stage, 0), static_cast<const S*>(call.dy) + span.first * width, span.frames, 1, width, kThreads);
+      if (call.dy != nullptr) copy_rows(tile_of(stage, 0), static_cast<const S*>(call.dy) + span.first * width, span.frames, 1, width);
       if (call.dnormed != nullptr)
-        copy_rows(second_tile(stage), static_cast<const S*>(call.dnormed) + span.first_window * width, span.windows, plan.window, width,
-                  kThreads);
-      if (needs_y) copy_rows(y_tile(stage), static_cast<const S*>(call.y) + span.first * width, span.frames, 1, width, kThreads);
+        copy_rows(second_tile(stage), static_cast<const S*>(call.dnormed) + span.first_window * width, span.windows, plan.window, width);
+      if (needs_y) copy_rows(y_tile(stage), static_cast<const S*>(call.y) + span.first * width, span.frames, 1, width);
     }
     commit_copies();
   };
@@ -92,9 +90,10 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
   if (plan.stages == 2) fetch(block_index(), 0);
   for (std::int64_t tile = block_index(); tile < plan.tiles(); tile += grid_size()) {
     const Span span = span_of(plan, tile);
-    fetch(plan.stages == 2 ? tile + grid_size() : tile, plan.stages == 2 ? 1 - stage : 0);
     const std::int64_t at = span.first * experts;
-    read_table(g, shared.table, static_cast<const float*>(call.gates) + at, span.frames, kRows, experts);
+    copy_table(g, shared.table, static_cast<const float*>(call.gates) + at, span.frames, kRows, experts);
+    commit_copies();  // before the next tile's, which are not waited for
+    fetch(plan.stages == 2 ? tile + grid_size() : tile, plan.stages == 2 ? 1 - stage : 0);
     if (plan.stages == 2)
       wait_for_copies<1>();
     else

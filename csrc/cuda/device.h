@@ -124,6 +124,11 @@ STEER_DEVICE void copy_async(void* shared, const void* global) {
   const std::uint32_t address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 }
+// 4 bytes likewise, through the first cache level.
+STEER_DEVICE void copy_word_async(void* shared, const void* global) {
+  const std::uint32_t address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(global) : "memory");
+}
 STEER_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most `Pending` of this thread's latest groups of copies are still under way.
 template <int Pending>

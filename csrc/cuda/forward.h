@@ -82,9 +82,8 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forwa
   const auto fetch = [&](std::int64_t tile, int stage) {
     if (tile < plan.tiles()) {
       const Span span = span_of(plan, tile);
-      copy_rows(x_tile(stage), static_cast<const S*>(call.x) + span.first * width, span.frames, 1, width, kThreads);
-      if (has_residual)
-        copy_rows(r_tile(stage), static_cast<const S*>(call.residual) + span.first * width, span.frames, 1, width, kThreads);
+      copy_rows(x_tile(stage), static_cast<const S*>(call.x) + span.first * width, span.frames, 1, width);
+      if (has_residual) copy_rows(r_tile(stage), static_cast<const S*>(call.residual) + span.first * width, span.frames, 1, width);
     }
     commit_copies();
   };

@@ -118,11 +118,20 @@ STEER_DEVICE void form_gradient(const Backward& call, Tile<S> y, Tile<S> first, 
   }
 }
 
-// Rows [0, 16) of a table (16, E) from global memory, zeros below `rows`.
-STEER_DEVICE void read_table(float* table, int stride, const float* source, int rows, int all_rows, int experts) {
-  for (int k = thread_index(); k < all_rows * experts; k += kThreads) {
-    const int row = k / experts, e = k % experts;
-    table[row * stride + e] = row < rows ? source[static_cast<std::int64_t>(row) * experts + e] : 0.0f;
+// Starts copying `rows` rows of a table (N, E) from global memory; zeros below them, up to `all_rows`.
+STEER_DEVICE void copy_table(float* table, int stride, const float* source, int rows, int all_rows, int experts) {
+  const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+#pragma unroll 1  // registers are short where this is called
+  for (int row = warp; row < all_rows; row += kWarps) {
+    float* to = table + row * stride;
+    const float* from = source + row * experts;
+#pragma unroll 1
+    for (int e = lane; e < experts; e += kWarpSize) {
+      if (row < rows)
+        copy_word_async(to + e, from + e);
+      else
+        to[e] = 0.0f;
+    }
   }
 }
 

@@ -51,11 +51,11 @@ STEER_KERNEL STEER_THREADS(kThreads, Groups == 1 ? kResident : 1)
   clear(g, 2 * kParameterFrames * shared.table);
 
   const auto fetch = [&](Tile<S> tile, const void* source, std::int64_t row, int rows, int spacing) {
-    constexpr int kEach = 16 / sizeof(S);
-    const int pieces = columns / kEach;
-    for (int k = thread_index(); k < rows * pieces; k += kThreads) {
-      const int r = k / pieces, c = k % pieces * kEach;
-      copy_async(tile.at(r * spacing, c), static_cast<const S*>(source) + (row + r) * width + column + c);
+    constexpr int kEach = 16 / sizeof(S), kPieces = kMixStep / kEach;
+#pragma unroll 1
+    for (int k = thread_index(); k < rows * kPieces; k += kThreads) {
+      const int r = k / kPieces, c = k % kPieces * kEach;
+      if (c < columns) copy_async(tile.at(r * spacing, c), static_cast<const S*>(source) + (row + r) * width + column + c);
     }
   };
 
@@ -76,10 +76,10 @@ STEER_KERNEL STEER_THREADS(kThreads, Groups == 1 ? kResident : 1)
       if (call.dnormed != nullptr) fetch(second, call.dnormed, span.first_window, span.windows, plan.window);
       if (needs_y) fetch(y, call.y, span.first, span.frames, 1);
     }
-    commit_copies();
     const std::int64_t at = span.first * experts;
-    read_table(g, shared.table, static_cast<const float*>(call.gates) + at, span.frames, kParameterFrames, experts);
-    if (workspace.dz != nullptr) read_table(dz, shared.table, workspace.dz + at, span.frames, kParameterFrames, experts);
+    copy_table(g, shared.table, static_cast<const float*>(call.gates) + at, span.frames, kParameterFrames, experts);
+    if (workspace.dz != nullptr) copy_table(dz, shared.table, workspace.dz + at, span.frames, kParameterFrames, experts);
+    commit_copies();
     if (call.dnormed != nullptr && thread_index() < span.windows) {
       const std::int64_t window = span.first_window + thread_index(), windows = problem.batch * problem.pooled;
       WindowNumbers mine = read_stats(call, window);

@@ -1,7 +1,7 @@
 // Where a tile's frames lie: whole windows of the pool, never across clips. Without a pool every frame is a window, and all are one clip.
 #pragma once
 
-#include "parts.h"
+#include "products.h"
 
 namespace steer::cuda {
 
@@ -94,14 +94,16 @@ STEER_DEVICE float read_parameter(const Parameter& parameter, std::int64_t at) {
   }
 }
 
-// Starts copying `rows` rows of a stream into a tile: the source's row r to the tile's row r * `spacing`.
+// Starts copying `rows` rows of a stream into a tile: the source's row r to the tile's row r * `spacing`. A warp takes whole rows, so that
+// nothing has to be divided by the width.
 template <typename S>
-STEER_DEVICE void copy_rows(Tile<S> tile, const S* source, int rows, int spacing, int width, int threads) {
+STEER_DEVICE void copy_rows(Tile<S> tile, const S* source, int rows, int spacing, int width) {
   constexpr int kEach = 16 / sizeof(S);
-  const int pieces = width / kEach;
-  for (int k = thread_index(); k < rows * pieces; k += threads) {
-    const int row = k / pieces, column = k % pieces * kEach;
-    copy_async(tile.at(row * spacing, column), source + static_cast<std::int64_t>(row) * width + column);
+  const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+  for (int row = warp; row < rows; row += kWarps) {
+    S* to = tile.at(row * spacing, 0);
+    const S* from = source + static_cast<std::int64_t>(row) * width;
+    for (int column = kEach * lane; column < width; column += kEach * kWarpSize) copy_async(to + column, from + column);
   }
 }
 

@@ -38,6 +38,7 @@ struct Exchange {
 struct Copy {
   void* to;
   const void* from;
+  int bytes;
 };
 
 struct Thread {
@@ -155,7 +156,11 @@ inline void copy_async(void* shared, const void* global) {
   check_alignment(shared);
   check_alignment(global);
   emulator::check_shared(shared, 16);
-  emulator::current().open.push_back({shared, global});
+  emulator::current().open.push_back({shared, global, 16});
+}
+inline void copy_word_async(void* shared, const void* global) {
+  emulator::check_shared(shared, 4);
+  emulator::current().open.push_back({shared, global, 4});
 }
 inline void commit_copies() {
   emulator::Thread& thread = emulator::current();
@@ -166,7 +171,7 @@ template <int Pending>
 inline void wait_for_copies() {
   std::vector<std::vector<emulator::Copy>>& groups = emulator::current().groups;
   while (groups.size() > static_cast<std::size_t>(Pending)) {
-    for (const emulator::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+    for (const emulator::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
     groups.erase(groups.begin());
   }
 }
