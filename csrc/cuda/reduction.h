@@ -30,6 +30,42 @@ STEER_DEVICE float sum_splits(const float* partials, std::int64_t pitch, int spl
   return sum;
 }
 
+// The sum over splits of one number, `pitch` apart, by a warp.
+STEER_DEVICE float sum_numbers(const float* partials, int pitch, int splits) {
+  double sum = 0.0;
+  for (int split = thread_index() % kWarpSize; split < splits; split += kWarpSize)
+    sum += partials[static_cast<std::int64_t>(split) * pitch];
+  return sum_over_warp(static_cast<float>(sum));
+}
+
+// sum_f M[f] V[f] of one column of V (E, D), which starts at `column`. Unrolled: the loads have to be under way together.
+template <typename T>
+STEER_DEVICE float mix_column(const float* M, const T* column, int experts, int width) {
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int f = 0; f < experts; ++f) {
+    const T value = column[static_cast<std::int64_t>(f) * width];
+    if constexpr (std::is_same_v<T, double>)
+      sum = multiply_add(M[f], static_cast<float>(value), sum);
+    else
+      sum = multiply_add(M[f], widen(value), sum);
+  }
+  return sum;
+}
+
+STEER_DEVICE float mix_column(const float* M, const Parameter& vectors, int experts, int width, int column) {
+  switch (vectors.dtype) {
+    case DType::kFloat32:
+      return mix_column(M, static_cast<const float*>(vectors.data) + column, experts, width);
+    case DType::kFloat16:
+      return mix_column(M, static_cast<const Half*>(vectors.data) + column, experts, width);
+    case DType::kBFloat16:
+      return mix_column(M, static_cast<const BFloat16*>(vectors.data) + column, experts, width);
+    default:
+      return mix_column(M, static_cast<const double*>(vectors.data) + column, experts, width);
+  }
+}
+
 // Block (x, e): 128 columns of expert e; behind the experts, of what belongs to none.
 STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_reduction_kernel(const Backward call, const Workspace workspace) {
   const Problem& problem = call.problem;
@@ -45,19 +81,13 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_reduction_kernel(const Bac
   if (e < experts) {
     if (call.dweight != nullptr) {
       const std::int64_t pairs = static_cast<std::int64_t>(experts) * experts;
-      for (int f = thread_index(); f < experts; f += kThreads) {
-        float sum = 0.0f;
-#pragma unroll 4
-        for (int split = 0; split < splits; ++split) sum += workspace.mixed[split * pairs + static_cast<std::int64_t>(e) * experts + f];
-        M[f] = sum;
+      for (int from = 0; from < experts; from += kReductionColumns) {
+        const int f = from + thread_index();
+        const float sum = sum_splits(workspace.mixed + e * experts, pairs, splits, from, experts, scratch);
+        if (thread_index() < kReductionColumns && f < experts) M[f] = sum;
       }
       const float sum = sum_splits(workspace.dweight + row, all, splits, column, width, scratch);
-      if (writes) {
-        float MV = 0.0f;
-        for (int f = 0; f < experts; ++f)
-          MV = multiply_add(M[f], read_parameter(problem.vectors, static_cast<std::int64_t>(f) * width + mine), MV);
-        static_cast<float*>(call.dweight)[row + mine] = sum - s * MV;
-      }
+      if (writes) static_cast<float*>(call.dweight)[row + mine] = sum - s * mix_column(M, problem.vectors, experts, width, mine);
     }
     if (call.dvectors != nullptr) {
       const float sum = sum_splits(workspace.dvectors + row, all, splits, column, width, scratch);
@@ -75,16 +105,13 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_reduction_kernel(const Bac
   }
   if (block_index() > 0) return;
   if (call.dbias != nullptr)
-    for (int f = thread_index(); f < experts; f += kThreads) {
-      double sum = 0.0;
-      for (int split = 0; split < splits; ++split) sum += workspace.dbias[static_cast<std::int64_t>(split) * experts + f];
-      static_cast<float*>(call.dbias)[f] = static_cast<float>(sum);
+    for (int f = thread_index() / kWarpSize; f < experts; f += kWarps) {
+      const float sum = sum_numbers(workspace.dbias + f, experts, splits);
+      if (thread_index() % kWarpSize == 0) static_cast<float*>(call.dbias)[f] = sum;
     }
   if (call.dscale != nullptr && thread_index() < kWarpSize) {
-    double sum = 0.0;
-    for (int split = thread_index(); split < splits; split += kWarpSize) sum += workspace.dscale[split];
-    const float total = sum_over_warp(static_cast<float>(sum));
-    if (thread_index() == 0) *static_cast<float*>(call.dscale) = total;
+    const float sum = sum_numbers(workspace.dscale, 1, splits);
+    if (thread_index() == 0) *static_cast<float*>(call.dscale) = sum;
   }
 }
 
