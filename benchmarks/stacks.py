@@ -61,7 +61,8 @@ class Encoders:
             num_mel_bins=128 if case.model == "large-v3" else 80,
         )
         torch.manual_seed(_SEEDS["weights"])
-        encoder = transformers.models.whisper.modeling_whisper.WhisperEncoder(config).to(DEVICE, case.dtype).eval()
+        with DEVICE:  # where a large encoder's weights are drawn in no time
+            encoder = transformers.models.whisper.modeling_whisper.WhisperEncoder(config).to(case.dtype).eval()
         encoder.requires_grad_(False)
         torch.manual_seed(_SEEDS["aligner"])
         aligner = FusedSteerMoE.for_encoder(encoder, dtype=case.dtype)
@@ -97,7 +98,12 @@ class Encoders:
         """Per variant, what is more than twice as wrong as with the eager formula, both against float64; None if nothing."""
         aligner = copy.deepcopy(self.aligner).double()
         exact = _hook(copy.deepcopy(self.plain).double(), aligner, _reference)
-        truth = _results(exact, aligner, self.mel.double(), self.incoming.double(), direction)
+        truth = _joined(  # clip by clip: a batch's attention in float64, kept for the backward, is more than a GPU has
+            [
+                _results(exact, aligner, *clip, direction)
+                for clip in zip(self.mel.double().split(1), self.incoming.double().split(1), strict=True)
+            ]
+        )
 
         def found(variant: str) -> dict[str, float]:
             results = _results(self.encoders[variant], self.aligners[variant], self.mel, self.incoming, direction)
@@ -115,6 +121,11 @@ def _results(encoder: Any, aligner: FusedSteerMoE, mel: Tensor, incoming: Tensor
         return {"output": output}
     drouter, dvectors = torch.autograd.grad(output, [aligner.router.weight, aligner.steering_vectors], incoming)
     return {"output": output.detach(), "drouter": drouter, "dvectors": dvectors}
+
+
+def _joined(clips: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The results of a batch from those of its clips: the outputs side by side, the gradients added up."""
+    return {name: torch.cat([clip[name] for clip in clips]) if name == "output" else sum(clip[name] for clip in clips) for name in clips[0]}
 
 
 def _twin(encoder: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,24 @@ def test_variants_take_turns(benchmarks: SimpleNamespace) -> None:
     rounds = [calls[-3 * count : len(calls) - 3 * (count - 1)] for count in range(6, 0, -1)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
     assert len(set(map(tuple, rounds))) > 1
+
+
+def test_an_encoder_is_proved_clip_by_clip(benchmarks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the batch, float64 sees one clip at a time: large-v3's attention on 16 would keep 180 GB for the backward."""
+    pytest.importorskip("transformers")
+    stacks = importlib.import_module("stacks")
+    encoders = stacks.Encoders(stacks.Stack("tiny", 1, 2), ())
+    results, batches = stacks._results, []
+
+    def recorded(encoder: Any, aligner: Any, mel: torch.Tensor, *rest: Any) -> dict[str, torch.Tensor]:
+        batches.append((mel.dtype, mel.shape[0]))
+        return results(encoder, aligner, mel, *rest)
+
+    monkeypatch.setattr(stacks, "_results", recorded)
+    for direction in ("forward", "training step"):
+        assert encoders.faults(["eager", "public"], direction) == {"eager": None, "public": None}
+    assert {count for dtype, count in batches if dtype == torch.float64} == {1}
+    assert {count for dtype, count in batches if dtype == torch.float32} == {2}
 
 
 @pytest.fixture
