@@ -18,19 +18,24 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gpu_report
-from gpu_stages import ROOT, STAGES, Settings
+from gpu_stages import ROOT, STAGES, DeviceLostError, Settings
 
 _RESERVE = 20.0  # seconds kept back for the report
+_LOST = 3  # exit status of a stage whose device was taken down; its last line of output says by which variant
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    settings = Settings(arguments.out.resolve(), arguments.seed, arguments.rehearse, tuple(arguments.case))
+    settings = Settings(
+        arguments.out.resolve(), arguments.seed, arguments.rehearse, tuple(arguments.case), arguments.seconds, tuple(arguments.without)
+    )
     if arguments.stage:
         _run_stage(arguments.stage, settings)
         return 0
@@ -48,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     for name in arguments.stages:
         left = 60 * arguments.minutes - _RESERVE - (time.monotonic() - started)
-        found["stages"][name] = _supervise(name, settings, arguments, min(STAGES[name].limit, left))
+        found["stages"][name] = _insist(name, settings, min(STAGES[name].limit, left))
         _save(settings.out / "gpu_check.json", found)
         state = found["stages"][name]
         print(f"{name}: {state['state']} in {state['seconds']:.0f} s", *state["error"].splitlines()[-3:], sep="\n  ", flush=True)
@@ -68,6 +73,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="what is measured, where git cannot say")
     parser.add_argument("--rehearse", action="store_true", help="small sizes, on whatever device there is")
     parser.add_argument("--report", action="store_true", help="only write the report of what DIR holds")
+    parser.add_argument("--without", action="append", default=[], metavar="BACKEND", help="a backend not to measure")
+    parser.add_argument("--seconds", type=float, default=Settings.seconds, help=argparse.SUPPRESS)
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -89,26 +96,46 @@ def _sizes(text: str) -> tuple[int, int, int | None]:
 
 
 def _commit() -> str | None:
-    done = subprocess.run(["git", "describe", "--always", "--abbrev=12", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--abbrev=12", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # a machine without git
+        return None
     return done.stdout.strip() or None
 
 
 # --- one stage ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _supervise(name: str, settings: Settings, arguments: argparse.Namespace, limit: float) -> dict[str, Any]:
+def _insist(name: str, settings: Settings, limit: float) -> dict[str, Any]:
+    """Run a stage, and again from where it was without a variant that has taken the device down: the others are measured all the same."""
+    (settings.out / f"{name}.json").unlink(missing_ok=True)
+    started = time.monotonic()
+    lost: list[str] = []
+    errors: list[str] = []
+    while True:
+        without = (*settings.without, *lost)
+        state = _supervise(name, replace(settings, without=without), limit - (time.monotonic() - started))
+        errors.append(state["error"])
+        if state["lost"] is None or state["lost"] in without:
+            break
+        lost.append(state["lost"])
+    if lost:
+        state["state"] += f", without {', '.join(lost)}"
+    return state | {"seconds": round(time.monotonic() - started, 1), "error": "\n".join(filter(None, errors))}
+
+
+def _supervise(name: str, settings: Settings, limit: float) -> dict[str, Any]:
     """Run a stage in a process of its own, for ``limit`` seconds at most; what it has saved by then counts."""
     partial = settings.out / f"{name}.json"
-    partial.unlink(missing_ok=True)
     if limit < 5:
-        return {"state": "left out, no time", "seconds": 0.0, "error": "", "results": {}}
+        return {"state": "left out, no time", "error": "", "results": _read(partial), "lost": None}
     command = [sys.executable, str(Path(__file__).resolve()), "--stage", name, "--out", str(settings.out), "--seed", str(settings.seed)]
-    command += ["--rehearse"] * settings.rehearse
+    command += ["--seconds", str(limit), *["--rehearse"] * settings.rehearse]
+    command += [word for variant in settings.without for word in ("--without", variant)]
     for case in settings.cases:
         command += ["--case", ",".join(str(size) for size in case if size is not None)]
     paths = [str(settings.site), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    started = time.monotonic()
     process = subprocess.Popen(
         command, cwd=settings.out, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -119,16 +146,24 @@ def _supervise(name: str, settings: Settings, arguments: argparse.Namespace, lim
         os.killpg(process.pid, signal.SIGKILL)  # with everything it has started
         output, _ = process.communicate()
         state = "cut off"
-    results = json.loads(partial.read_text()) if partial.exists() else {}
-    error = "" if state == "done" else output[-4000:]
-    return {"state": state, "seconds": round(time.monotonic() - started, 1), "error": error, "results": results}
+    lost = output.splitlines()[-1] if process.returncode == _LOST else None
+    return {"state": state, "error": "" if state == "done" else output[-4000:], "results": _read(partial), "lost": lost}
 
 
 def _run_stage(name: str, settings: Settings) -> None:
-    results: dict[str, Any] = {}
-    for key, result in STAGES[name].run(settings):
-        results[key] = result
-        _save(settings.out / f"{name}.json", results)
+    results = settings.known(name)
+    try:
+        for key, result in STAGES[name].run(settings):
+            results[key] = result
+            _save(settings.out / f"{name}.json", results)
+    except DeviceLostError as error:
+        traceback.print_exc()
+        print(error, flush=True)
+        os._exit(_LOST)  # what else would run at exit waits for the device, or fails
+
+
+def _read(partial: Path) -> dict[str, Any]:
+    return json.loads(partial.read_text()) if partial.exists() else {}
 
 
 def _save(path: Path, content: Any) -> None:

@@ -5,42 +5,58 @@ A stage runs in a process of its own: a kernel that takes the device down takes 
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["STAGES", "Settings", "Stage"]
+__all__ = ["STAGES", "DeviceLostError", "Settings", "Stage"]
 
 ROOT = Path(__file__).resolve().parents[1]
+_FAREWELL = 15.0  # seconds that a test run may take to end when it is asked to
 
 
 @dataclass(frozen=True)
 class Settings:
     """``rehearse``: everything on whatever device there is, at sizes that take seconds; its numbers mean nothing.
 
-    ``cases``: frames, experts and top_k of further passes for the op stage, which take precedence over its own.
+    ``cases``: frames, experts and top_k of further passes for the op stage, which take precedence over its own. ``seconds``: what is left
+    to a stage before it is cut off. ``without``: variants to leave out, because they have taken the device down.
     """
 
     out: Path
     seed: int = 0
     rehearse: bool = False
     cases: tuple[tuple[int, int, int | None], ...] = ()
+    seconds: float = 3600.0
+    without: tuple[str, ...] = ()
 
     @property
     def site(self) -> Path:
         """Where the build stage installs the package, and every later stage imports it from."""
         return self.out / "site"
 
+    def known(self, stage: str) -> dict[str, Any]:
+        """What a stage that starts again, without what ended it, had found before."""
+        partial = self.out / f"{stage}.json"
+        return json.loads(partial.read_text()) if self.without and partial.exists() else {}
+
 
 Results = Iterator[tuple[str, Any]]
+
+
+class DeviceLostError(RuntimeError):
+    """A variant, whose name this is, took the device down: no call after it works in this process."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +152,14 @@ def fused_backends(dtype: Any) -> list[str]:
 
 
 def tests(settings: Settings) -> Results:
-    """The kernels' tests of every fused backend, one process a backend and dtype, all at once."""
+    """The kernels' tests of every fused backend, one process a backend and dtype, all at once.
+
+    Results come in the order in which the processes end. Before the stage is cut off, those still running are asked to end, and say how
+    far they came.
+    """
     import torch
+
+    until = time.monotonic() + settings.seconds - _FAREWELL
 
     folder = ROOT / "tests" / "kernels"
     others = [folder / f"test_{name}.py" for name in ("determinism", "routing", "memory", "bad_input", "composability")]
@@ -153,29 +175,40 @@ def tests(settings: Settings) -> Results:
         ]
         files = others[:1] if settings.rehearse else others
         jobs[f"{backend} others"] = [*map(str, files), "-k", backend]
-    started = {name: _start_pytest(settings, name, arguments) for name, arguments in jobs.items()}
-    for name, process in started.items():
-        output, _ = process.communicate()
-        yield name, _outcome(settings.out / f"tests-{name.replace(' ', '-')}.xml", process.returncode, output)
+    running = {name: _start_pytest(settings, name, arguments) for name, arguments in jobs.items()}
+    asked = False
+    while running:
+        for name in [name for name, process in running.items() if process.poll() is not None]:
+            yield name, _outcome(_report(settings, name), running.pop(name).returncode)
+        if not asked and time.monotonic() > until:
+            asked = True
+            for process in running.values():
+                process.send_signal(signal.SIGINT)  # on which pytest still writes its report
+        time.sleep(0.1)
+
+
+def _report(settings: Settings, name: str) -> Path:
+    return settings.out / f"tests-{name.replace(' ', '-')}.xml"
 
 
 def _start_pytest(settings: Settings, name: str, arguments: list[str]) -> subprocess.Popen:
-    report = settings.out / f"tests-{name.replace(' ', '-')}.xml"
+    report = _report(settings, name)
+    report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
-    return subprocess.Popen(
-        [*command, f"--junitxml={report}", *arguments],
-        cwd=settings.out,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    with report.with_suffix(".txt").open("w") as output:  # a pipe would fill up before its turn to be read comes
+        return subprocess.Popen(
+            [*command, f"--junitxml={report}", *arguments],
+            cwd=settings.out,
+            env=os.environ | {"OMP_NUM_THREADS": "2"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
 
 
-def _outcome(report: Path, code: int, output: str) -> dict[str, Any]:
+def _outcome(report: Path, code: int) -> dict[str, Any]:
     """How many tests passed, and what the first failures said."""
     if not report.exists():
-        return {"passed": 0, "failed": 0, "exit": code, "output": output[-2000:]}
+        return {"passed": 0, "failed": 0, "exit": code, "output": report.with_suffix(".txt").read_text(errors="replace")[-2000:]}
     cases = list(ElementTree.parse(report).iter("testcase"))
     faults = [(case, fault) for case in cases for fault in (*case.findall("failure"), *case.findall("error"))]
     skipped = sum(case.find("skipped") is not None for case in cases)
@@ -231,19 +264,22 @@ def op(settings: Settings) -> Results:
     ]
     cases = own + cases
     for case in cases:
+        keys = {direction: f"{'steer_norm' if case.norm else 'steer'} {case} {direction}" for direction in DIRECTIONS}
+        if settings.known("op").keys() >= set(keys.values()):
+            continue
         formulas = ["public", "eager"]
         # Each shape compiles for some seconds: the two ends of the range are enough of it.
         if not settings.rehearse and case.num_experts == 8 and case.frames in (1500, 24000) and case.top_k is None:
             formulas.append("compiled")
-        variants = [*suitable(case, formulas), *fused_backends(case.dtype)]
+        variants = [*suitable(case, formulas), *(name for name in fused_backends(case.dtype) if name not in settings.without)]
         work = Pass(case, settings.seed)
-        faults = work.faults(variants)
+        faults = {name: _proved(name, work.faults) for name in variants}
         right = [name for name in variants if faults[name] is None]
         for direction in DIRECTIONS:
             preparations = {name: work.preparation(name, direction) for name in right}
             times = interleave(preparations, DEVICE, 0.02 if settings.rehearse else 0.15, 3)
             yield (
-                f"{'steer_norm' if case.norm else 'steer'} {case} {direction}",
+                keys[direction],
                 case.info(direction, "all")
                 | {
                     "seconds": {name: statistics.median(seconds) for name, seconds in times.items()},
@@ -255,6 +291,21 @@ def op(settings: Settings) -> Results:
         del work
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _proved(variant: str, faults: Callable[[list[str]], dict[str, str | None]]) -> str | None:
+    """What is wrong with a variant, a failure of its own included, so that the others are measured all the same; None if nothing is."""
+    import torch
+
+    try:
+        return faults([variant])[variant]
+    except Exception as error:
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        except Exception:
+            raise DeviceLostError(variant) from error
+        return f"{type(error).__name__}: {str(error)[:400]}"
 
 
 def _flop(case: Any, direction: str) -> int:
@@ -273,9 +324,12 @@ def encoder(settings: Settings) -> Results:
     # What takes minutes to compile comes last: a run that is cut off has the rest by then.
     for directions in (("forward", "training step"), ("forward, compiled",)):
         for case in cases:
-            fused = fused_backends(case.dtype)
+            missing = [direction for direction in directions if f"{case} {direction}" not in settings.known("encoder")]
+            if not missing:
+                continue
+            fused = [name for name in fused_backends(case.dtype) if name not in settings.without]
             encoders = Encoders(case, fused)
-            for direction in directions:
+            for direction in missing:
                 yield f"{case} {direction}", _timed_encoder(settings, encoders, fused, direction)
             del encoders
             if DEVICE.type == "cuda":
@@ -288,7 +342,7 @@ def _timed_encoder(settings: Settings, encoders: Any, fused: list[str], directio
 
     case, kind = encoders.case, direction.partition(",")[0]
     steered = fused if "compiled" in direction else ["public", "eager", *fused]
-    faults = encoders.faults(steered, kind)
+    faults = {name: _proved(name, lambda names: encoders.faults(names, kind)) for name in steered}
     unsteered = {"forward": ["unsteered"], "training step": [], "forward, compiled": ["unsteered_compiled"]}[direction]
     timed = [*unsteered, *(name for name in steered if faults[name] is None)]
     preparations = {name: encoders.preparation(name, kind) for name in timed}

@@ -84,10 +84,61 @@ def test_a_stage_past_its_time_is_cut_off(kit: SimpleNamespace, tmp_path: Path, 
         "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
     )
     monkeypatch.setattr(kit.check, "__file__", str(sleeper))
-    arguments = SimpleNamespace()
-    state = kit.check._supervise("op", kit.stages.Settings(tmp_path), arguments, 6.0)
+    state = kit.check._insist("op", kit.stages.Settings(tmp_path), 6.0)
     assert (state["state"], state["results"]) == ("cut off", {"first": 1})
-    assert kit.check._supervise("op", kit.stages.Settings(tmp_path), arguments, 1.0)["state"] == "left out, no time"
+    assert kit.check._insist("op", kit.stages.Settings(tmp_path), 1.0)["state"] == "left out, no time"
+
+
+def test_a_stage_goes_on_without_what_took_the_device_down(kit: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "stage.py"
+    script.write_text(
+        "import json, pathlib, sys\n"
+        "partial = pathlib.Path(sys.argv[sys.argv.index('--out') + 1]) / 'op.json'\n"
+        "if '--without' not in sys.argv:\n"
+        "    partial.write_text(json.dumps({'first': 1}))\n"
+        "    print('an illegal memory access', 'cuda', sep='\\n')\n"
+        "    sys.exit(3)\n"
+        "assert sys.argv[sys.argv.index('--without') + 1] == 'cuda'\n"
+        "partial.write_text(json.dumps(json.loads(partial.read_text()) | {'second': 2}))\n"
+    )
+    monkeypatch.setattr(kit.check, "__file__", str(script))
+    state = kit.check._insist("op", kit.stages.Settings(tmp_path), 60.0)
+    assert (state["state"], state["results"]) == ("done, without cuda", {"first": 1, "second": 2})
+    assert "illegal memory access" in state["error"] and not kit.check._is_good(state)
+
+
+def test_what_a_variant_does_wrong_is_its_own_affair(kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faults(names: list[str]) -> dict[str, str | None]:
+        if names == ["bad"]:
+            raise RuntimeError("steer_forward_kernel: invalid argument")
+        return dict.fromkeys(names)
+
+    assert kit.stages._proved("good", faults) is None
+    assert kit.stages._proved("bad", faults) == "RuntimeError: steer_forward_kernel: invalid argument"
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", lost)
+    with pytest.raises(kit.stages.DeviceLostError, match="bad"):
+        kit.stages._proved("bad", faults)
+
+
+def test_tests_count_as_they_end(kit: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not behind a slow one; and one that would be cut off is asked to end in time."""
+    sleeps = {"a bfloat16": 1.0, "a float16": 60.0}
+
+    def start(settings: Any, name: str, arguments: list[str]) -> subprocess.Popen:
+        kit.stages._report(settings, name).with_suffix(".txt").write_text(name)
+        return subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({sleeps.get(name, 0)})"], stderr=subprocess.DEVNULL)
+
+    monkeypatch.setattr(kit.stages, "fused_backends", lambda dtype: ["a"])
+    monkeypatch.setattr(kit.stages, "_start_pytest", start)
+    settings = kit.stages.Settings(tmp_path, seconds=kit.stages._FAREWELL + 3)
+    results = dict(kit.stages.tests(settings))
+    assert list(results)[-2:] == ["a bfloat16", "a float16"] and len(results) == 5
+    assert results["a float16"]["exit"] != 0 and results["a bfloat16"]["output"] == "a bfloat16"
 
 
 @pytest.mark.parametrize(
