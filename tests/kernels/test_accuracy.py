@@ -81,6 +81,9 @@ LARGE = [
     P(frames=50, width=1280, num_experts=128, top_k=2),
     P(frames=50, width=1280, num_experts=7, top_k=6, norm="rms", norm_weight=False),
     P(frames=1, width=1280, num_experts=1, norm="layer"),
+    # More tiles than a GPU has room for at once: each block takes several, and copies one while it computes another.
+    P(frames=9001, width=40, num_experts=7, top_k=2, norm="layer", residual=True),
+    P(batch=2, frames=6001, width=40, num_experts=20, norm="rms", pool="mean", pool_size=3),
 ]
 
 

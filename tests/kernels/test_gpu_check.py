@@ -141,6 +141,23 @@ def test_tests_count_as_they_end(kit: SimpleNamespace, tmp_path: Path, monkeypat
     assert results["a float16"]["exit"] != 0 and results["a bfloat16"]["output"] == "a bfloat16"
 
 
+def test_the_sanitizer_watches_blocks_that_take_several_tiles(kit: SimpleNamespace) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--collect-only",
+        "-p",
+        "no:cacheprovider",
+        str(_ROOT / "tests/kernels/test_accuracy.py"),
+    ]
+    listed = subprocess.run([*command, "-k", kit.stages._watched("cpu")], cwd=_ROOT, capture_output=True, text=True).stdout
+    assert all(
+        name in listed for name in ("cpu-bfloat16-1x9001x40", "cpu-bfloat16-2x6001x40", "cpu-float32-1x9001x40", "cpu-float32-3x5x33")
+    )
+
+
 @pytest.mark.parametrize(
     "result, good",
     [
