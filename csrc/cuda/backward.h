@@ -55,9 +55,11 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
   WindowNumbers* numbers = reinterpret_cast<WindowNumbers*>(scratch + shared.numbers());
   S* tiles = reinterpret_cast<S*>(scratch + shared.end());
   const int tile_size = plan.frames * plan.stride, stage_size = (1 + has.second + needs_y) * tile_size;
-  const auto tile_of = [&](int stage, int index) { return Tile<S>{tiles + stage * stage_size + index * tile_size, plan.stride}; };
-  const auto y_tile = [&](int stage) { return needs_y ? tile_of(stage, 1 + has.second) : Tile<S>{}; };
-  const auto second_tile = [&](int stage) { return has.second ? tile_of(stage, 1) : Tile<S>{}; };
+  const auto tile_of = [&](int stage, int index, bool exists = true) {
+    return Tile<S>{tiles + stage * stage_size + index * tile_size, plan.stride, exists};
+  };
+  const auto y_tile = [&](int stage) { return tile_of(stage, 1 + has.second, needs_y); };
+  const auto second_tile = [&](int stage) { return tile_of(stage, 1, has.second); };
 
   const auto fetch = [&](std::int64_t tile, int stage) {
     if (tile < plan.tiles()) {
@@ -138,7 +140,7 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
       sync_block();
     }
     const Tile<G> d{reinterpret_cast<G*>(first.data), plan.stride};
-    const Tile<G> d_rest = has.second && !kFine ? Tile<G>{reinterpret_cast<G*>(second.data), plan.stride} : Tile<G>{};
+    const Tile<G> d_rest{reinterpret_cast<G*>(second.data), plan.stride, has.second && !kFine};
 
     if (routes) {
       block_dots<BFloat16, kFine>(d, d_rest, span.frames, V, experts, width, partials, a, shared.a_stride);
@@ -173,7 +175,7 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
         const Chunk<G> chunk = read_shared_chunk(d.at(row, column));
 #pragma unroll
         for (int c = 0; c < 8; ++c) du[c] = chunk.value(c);
-        if (d_rest.data != nullptr) {
+        if (d_rest.exists) {
           const Chunk<G> rest = read_shared_chunk(d_rest.at(row, column));
 #pragma unroll
           for (int c = 0; c < 8; ++c) du[c] += rest.value(c);
@@ -206,7 +208,7 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
           const int column = (warp + k * kWarps) * kMixStep;
           if (column >= width) break;
           outer<kParts<G, kFine>, kFactorParts>(d, span.frames, column, width, factor, dvectors_sums[k]);
-          if (d_rest.data != nullptr) outer<kParts<G, kFine>, kFactorParts>(d_rest, span.frames, column, width, factor, dvectors_sums[k]);
+          if (d_rest.exists) outer<kParts<G, kFine>, kFactorParts>(d_rest, span.frames, column, width, factor, dvectors_sums[k]);
         }
       }
     }

@@ -77,7 +77,7 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forwa
   S* tiles = reinterpret_cast<S*>(scratch + shared.end());
   const int tile_size = plan.frames * plan.stride;
   const auto x_tile = [&](int stage) { return Tile<S>{tiles + stage * (has_residual ? 2 : 1) * tile_size, plan.stride}; };
-  const auto r_tile = [&](int stage) { return has_residual ? Tile<S>{x_tile(stage).data + tile_size, plan.stride} : Tile<S>{}; };
+  const auto r_tile = [&](int stage) { return Tile<S>{x_tile(stage).data + tile_size, plan.stride, has_residual}; };
 
   const auto fetch = [&](std::int64_t tile, int stage) {
     if (tile < plan.tiles()) {

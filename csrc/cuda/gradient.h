@@ -112,8 +112,7 @@ STEER_DEVICE void form_gradient(const Backward& call, Tile<S> y, Tile<S> first, 
       std::uint32_t parts[2][4];
       neighbours<2>(narrow_chunk<float>(d), parts);
       write(reinterpret_cast<Words*>(first.at(row + f, at)), {{parts[0][0], parts[0][1], parts[0][2], parts[0][3]}});
-      if (second.data != nullptr)
-        write(reinterpret_cast<Words*>(second.at(row + f, at)), {{parts[1][0], parts[1][1], parts[1][2], parts[1][3]}});
+      if (second.exists) write(reinterpret_cast<Words*>(second.at(row + f, at)), {{parts[1][0], parts[1][1], parts[1][2], parts[1][3]}});
     }
   }
 }

@@ -46,7 +46,7 @@ STEER_KERNEL STEER_THREADS(kThreads, Groups == 1 ? kResident : 1)
   S* tiles = reinterpret_cast<S*>(scratch + shared.end());
   const int tile_size = plan.frames * plan.stride;
   const Tile<S> first{tiles, plan.stride};
-  const Tile<S> second = has.second ? Tile<S>{tiles + tile_size, plan.stride} : Tile<S>{};
+  const Tile<S> second{tiles + tile_size, plan.stride, has.second};
   const Tile<S> y{tiles + (1 + has.second) * tile_size, plan.stride};
   clear(g, 2 * kParameterFrames * shared.table);
 
@@ -107,7 +107,7 @@ STEER_KERNEL STEER_THREADS(kThreads, Groups == 1 ? kResident : 1)
       sync_block();
     }
     const Tile<G> d{reinterpret_cast<G*>(first.data), plan.stride};
-    const Tile<G> d_rest = has.second && !kFine ? Tile<G>{reinterpret_cast<G*>(second.data), plan.stride} : Tile<G>{};
+    const Tile<G> d_rest{reinterpret_cast<G*>(second.data), plan.stride, has.second && !kFine};
 
     for (int from = 0; from < span.frames; from += kRows) {
       const int rows = span.frames - from;
@@ -127,7 +127,7 @@ STEER_KERNEL STEER_THREADS(kThreads, Groups == 1 ? kResident : 1)
         if (workspace.dvectors != nullptr && !of_gates) {
           outer_factor(g + from * shared.table, shared.table, expert, factor);
           outer<kParts<G, kFine>, kFactorParts>(Tile<G>{d.at(from, 0), d.stride}, rows, 0, columns, factor, dvectors_sums[k]);
-          if (d_rest.data != nullptr)
+          if (d_rest.exists)
             outer<kParts<G, kFine>, kFactorParts>(Tile<G>{d_rest.at(from, 0), d.stride}, rows, 0, columns, factor, dvectors_sums[k]);
         }
       }

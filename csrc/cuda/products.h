@@ -37,10 +37,13 @@ STEER_BOTH int tile_stride(int width) {
   return (bytes + 64 <= line ? line - 64 : line + 64) / static_cast<int>(sizeof(S));
 }
 
+// `exists` says whether a pass has the tile. Its address lies in shared memory either way: of one that may be null the compiler does not
+// know where it leads, and reads take the longer way that could go anywhere.
 template <typename T>
 struct Tile {
-  T* data = nullptr;
-  int stride = 0;
+  T* data;
+  int stride;
+  bool exists = true;
 
   STEER_DEVICE T* at(int row, int column) const { return data + row * stride + column; }
 };
@@ -56,7 +59,7 @@ STEER_DEVICE void dots(Tile<S> first_tile, Tile<S> second_tile, int rows, const 
   constexpr int kB = std::is_same_v<P, M> ? 1 : kParts<P, fine>;
   constexpr int kA = kAsStored ? 2 : kParts<float, true>;
   const int warp = thread_index() / kWarpSize, i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
-  const bool second = second_tile.data != nullptr;
+  const bool second = second_tile.exists;
 #pragma unroll
   for (int j = 0; j < 4; ++j)
 #pragma unroll

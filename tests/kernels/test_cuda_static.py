@@ -134,6 +134,7 @@ def test_the_instructions_that_were_meant(module: Path, kernels: list[Kernel]) -
         if "parameters" not in key[1]:
             assert total(found, r"STG\.E\.128.*") >= 4, f"{key}: {found}"
         assert total(found, r"(LDL|STL|ATOM|ATOMG|RED)\b.*") == 0, f"{key}: local memory, or atomics: {found}"
+        assert total(found, r"(LD|ST)(\..*)?") == 0, f"{key}: addresses of which the compiler does not know the memory: {found}"
 
 
 @pytest.mark.parametrize(
