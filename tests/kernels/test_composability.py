@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from closeness import assert_as_accurate
-from problems import Problem, draw, interpreted
+from problems import Problem, draw, fused, interpreted
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -306,3 +307,46 @@ def test_functional_call_with_other_weights(backend: str, device: torch.device) 
     steered = torch.func.functional_call(aligner, weights, (h, 1))
     aligner.load_state_dict(weights)
     assert torch.equal(steered, aligner(h, 1))
+
+
+# --- threads, and CUDA graphs -------------------------------------------------------------------------------------------------------------
+
+
+def test_threads_with_streams_of_different_widths(backend: str, device: torch.device) -> None:
+    """What one thread asks of a kernel, shared memory above all, is no business of another that launches it at the same time."""
+    if interpreted(backend):
+        pytest.skip("too slow in Triton's interpreter")
+    problems = [Problem(frames=40, width=width, norm="layer", residual=True) for width in (1280, 8)]
+    draws = [draw(problem, torch.float32, device) for problem in problems]
+    expected = [fused(problem, *drawn, backend) for problem, drawn in zip(problems, draws, strict=True)]
+
+    def run(which: int) -> bool:
+        runs = (fused(problems[which], *draws[which], backend) for _ in range(30))
+        return all(torch.equal(results[name], tensor) for results in runs for name, tensor in expected[which].items())
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(2))) == [True, True]
+
+
+@pytest.mark.parametrize("width, num_experts", [(40, 8), (40, 20), (33, 8)])
+def test_captured_in_a_cuda_graph(backend: str, device: torch.device, width: int, num_experts: int) -> None:
+    """A pass and its gradients, captured once, replayed on other numbers."""
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
+    problem = Problem(frames=37, width=width, num_experts=num_experts, norm="layer", residual=True)
+    (inputs, incoming), (others, _) = (draw(problem, torch.bfloat16, device, seed) for seed in range(2))
+    expected = fused(problem, others, incoming, backend)
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):  # kernels are loaded, and Triton's compiled, before the capture
+        fused(problem, inputs, incoming, backend)
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = fused(problem, inputs, incoming, backend)
+    with torch.no_grad():
+        for name, tensor in inputs.items():
+            tensor.copy_(others[name])
+    graph.replay()
+    for name, tensor in expected.items():
+        assert torch.equal(results[name], tensor), name
