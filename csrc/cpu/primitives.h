@@ -33,12 +33,18 @@ template <typename C, typename S>
   for (int k = 0; k < kRegisters; ++k) prefetch(row + k * Vector<C>::kLanes);
 }
 
+// Always in the order of `sum_four`: experts whose rows are equal have equal logits then, whichever tile they are in, and tie.
 template <typename C, int X>
 inline void sum_experts(const Vector<C>* sums, C* z) {
-  if constexpr (X == 4)
+  if constexpr (X == 4) {
     sum_four(sums, z);
-  else
-    for (int e = 0; e < X; ++e) z[e] = sums[e].sum();
+  } else {
+    Vector<C> four[4];
+    C totals[4];
+    for (int e = 0; e < 4; ++e) four[e] = e < X ? sums[e] : Vector<C>::zero();
+    sum_four(four, totals);
+    for (int e = 0; e < X; ++e) z[e] = totals[e];
+  }
 }
 
 // A register tile of R rows and X experts: R * X accumulators.

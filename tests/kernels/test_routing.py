@@ -55,6 +55,21 @@ def test_of_equal_logits_the_lowest_index_wins(backend: str, device: torch.devic
     assert gates.tolist() == [[0.0, 0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0, 0.0], [0.5, 0.0, 0.0, 0.0, 0.5]]
 
 
+def test_experts_with_equal_rows_tie(backend: str, device: torch.device) -> None:
+    """Equal rows of the router give equal logits to the bit, wherever among the experts they stand."""
+    if backend == "reference":
+        pytest.skip("torch's matrix products promise no such thing")
+    generator = torch.Generator().manual_seed(0)
+    frames, row = torch.randn(12, 33, generator=generator), torch.randn(1, 33, generator=generator)
+    for dtype in dtypes_of(backend, device):
+        for num_experts in (2, 3, 5, 6, 7, 11):
+            weight = row.expand(num_experts, 33).to(device, dtype)
+            for top_k in (None, 1):
+                _, gates = SF.steer(frames.to(device, dtype), weight, None, torch.zeros_like(weight), 0.0, top_k=top_k, backend=backend)
+                expected = torch.ones_like(gates) / num_experts if top_k is None else torch.eye(num_experts).to(gates)[:1].expand_as(gates)
+                assert torch.equal(gates, expected), f"{dtype}, {num_experts} experts, top_k={top_k}"
+
+
 def test_gates_sum_to_one(backend: str, device: torch.device) -> None:
     for dtype in dtypes_of(backend, device):
         for top_k in (None, 1, 2, 15, 16):
