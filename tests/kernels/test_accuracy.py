@@ -7,10 +7,12 @@ from functools import lru_cache
 
 import pytest
 import torch
-from closeness import assert_errors_within, errors, join, stack
+import torch.nn.functional as F
+from closeness import assert_as_accurate, assert_errors_within, errors, join, stack
 from problems import Problem, Tensors, device_for, draw, dtypes_of, exact, fused, interpreted, plain
 
 from steermoe_kernels import available_backends
+from steermoe_kernels import functional as SF
 
 P = Problem
 
@@ -154,6 +156,21 @@ def assert_accurate_with_large_steering(backend: str, problem: Problem, dtype: t
         compared.append(_compared(problem, inputs, incoming))
     truth, *others = (stack(way) for way in zip(*compared, strict=True))
     assert_errors_within(_allowed(truth, *others), stack(results), truth, dtype)
+
+
+@pytest.mark.parametrize("level", ["avx512bf16", "avx512", "avx2", "portable"])
+def test_frames_far_from_zero(monkeypatch: pytest.MonkeyPatch, level: str) -> None:
+    """Where a frame's mean is large against its deviation, the CPU's LayerNorm stays as exact as plain PyTorch's."""
+    monkeypatch.setenv("STEERMOE_SIMD", level)
+    if "cpu" not in available_backends():
+        pytest.skip(f"no {level} here")
+    generator = torch.Generator().manual_seed(0)
+    means, noise = 10 * torch.randn(200, 1, generator=generator), 0.01 * torch.randn(1280, generator=generator)
+    nothing = torch.zeros(1, 1280)
+    for x in (means + noise, means.expand(200, 1280)):  # frames that are one number throughout have nothing left
+        _, normed, _ = SF.steer_norm(x, nothing, None, nothing, 0.0, None, None, backend="cpu")
+        truth, usual = (F.layer_norm(frames, (1280,)) for frames in (x.double(), x))
+        assert_as_accurate({"normed": normed}, {"normed": usual}, {"normed": truth}, torch.float32)
 
 
 def test_sums_over_very_many_frames() -> None:
