@@ -73,6 +73,7 @@ def steer_encoder(encoder: nn.Module, aligner: FusedSteerMoE, *, pool: str | Non
         raise ValueError(f"{type(encoder).__name__} has no layers to steer")
     _check_fits(encoder, layers, aligner)
     encoder.add_module("steering", aligner)
+    encoder.__dict__[_MARK] = True
     try:
         kind.steer(encoder, aligner, pool, pool_size)
     except BaseException:
@@ -86,17 +87,10 @@ def unsteer_encoder(encoder: nn.Module) -> nn.Module:
 
     RuntimeError if this encoder is not steered.
     """
-    if not isinstance(encoder, nn.Module) or not any(True for _ in _traces(encoder)) or not _holds_the_aligner(encoder):
+    if not isinstance(encoder, nn.Module) or _MARK not in encoder.__dict__:
         raise RuntimeError(f"{type(encoder).__name__} is not steered")
     _undo(encoder)
     return encoder
-
-
-def _holds_the_aligner(encoder: nn.Module) -> bool:
-    """Whether this is the module that was steered, not one that contains it or lies in it; also where somebody has deleted the aligner."""
-    if "steering" in encoder._modules:
-        return isinstance(encoder._modules["steering"], FusedSteerMoE)
-    return not any(isinstance(part._modules.get("steering"), FusedSteerMoE) for part in encoder.modules())
 
 
 def _undo(encoder: nn.Module) -> None:
@@ -106,6 +100,11 @@ def _undo(encoder: nn.Module) -> None:
         else:
             del hooks[key]
     encoder._modules.pop("steering", None)
+    encoder.__dict__.pop(_MARK, None)
+
+
+# Tells the module that was steered from those around and inside it, whose traces are the same; also where somebody has deleted the aligner.
+_MARK = "_was_steered"
 
 
 def describe_encoder(encoder: nn.Module) -> EncoderShape:

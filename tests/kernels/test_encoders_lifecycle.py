@@ -166,6 +166,19 @@ def test_steering_around_a_steered_encoder(encoder: nn.Module) -> None:
         unsteer_encoder(outer)
 
 
+def test_unsteering_a_part_of_a_steered_encoder(encoder: nn.Module, x: Tensor) -> None:
+    before, y = snapshot(encoder), run(encoder, x)
+    steer_encoder(encoder, aligner_for(encoder))
+    steered = run(encoder, x)
+    layers = encoder.layers if hasattr(encoder, "layers") else encoder.blocks
+    for part in (layers, layers[0], encoder.steering):
+        with pytest.raises(RuntimeError, match="is not steered"):
+            unsteer_encoder(part)
+    assert torch.equal(run(encoder, x), steered)
+    unsteer_encoder(encoder)
+    assert snapshot(encoder) == before and torch.equal(run(encoder, x), y)
+
+
 def test_the_class_keeps_its_name_and_other_instances_their_class(encoder: nn.Module, x: Tensor) -> None:
     other = copy.deepcopy(encoder)
     plain, y = type(encoder), run(encoder, x)
