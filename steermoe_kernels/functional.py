@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -123,7 +125,7 @@ def _run(
     if x.dim() == 3:
         frames, residual_frames = x, residual
     else:
-        frames = x.reshape(1, lead.numel(), width)
+        frames = x.reshape(1, math.prod(lead), width)  # lead.numel() would be a constant to tracers
         residual_frames = None if residual is None else residual.reshape(frames.shape)
     y, normed, gates, _, _ = ops.steer(
         frames,

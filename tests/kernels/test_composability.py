@@ -198,6 +198,17 @@ def test_a_compiled_call_fails_with_the_same_words(backend: str, device: torch.d
         torch.compile(run, backend="aot_eager")(h, vectors)
 
 
+@pytest.mark.parametrize("lead", [(7,), (7, 3), (7, 2, 3)], ids=str)
+def test_exported_and_traced_at_any_length(backend: str, device: torch.device, lead: tuple[int, ...]) -> None:
+    """A graph holds no number of frames, whatever the rank."""
+    aligner = _aligner(backend, device).requires_grad_(False)
+    exported = torch.export.export(aligner, (_frames(device, *lead),), dynamic_shapes=({0: torch.export.Dim("length", min=2, max=99)},))
+    traced = torch.jit.trace(aligner, _frames(device, *lead))
+    longer = _frames(device, 11, *lead[1:])
+    for graph in (exported.module(), traced):
+        assert torch.equal(graph(longer), aligner(longer))
+
+
 # --- autocast ---------------------------------------------------------------------------------------------------------------------------
 
 
