@@ -6,6 +6,7 @@ Each message names the argument, says what would do, and what came. Nothing is c
 from __future__ import annotations
 
 import operator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "check_layer",
     "check_norm",
+    "check_parameters",
     "check_pool",
     "check_projection",
     "check_renormalize",
@@ -51,14 +53,15 @@ def check_pool(pool: str | None, pool_size: int) -> int:
     return pool_size
 
 
-def check_norm(eps: float, rms: bool) -> None:
-    """TypeError unless ``eps`` is a number and ``rms`` a bool; ValueError for an ``eps`` below zero."""
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
+def check_norm(eps: float, rms: bool) -> float:
+    """``eps`` as a float. TypeError unless it is a number and ``rms`` a bool; ValueError for an ``eps`` below zero."""
+    if not _is_number(eps):
         raise TypeError(f"eps must be a number, got {eps!r}")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
     if not isinstance(rms, bool):
         raise TypeError(f"rms must be True or False, got {rms!r}")
+    return float(eps)
 
 
 def check_renormalize(renormalize: bool) -> None:
@@ -69,8 +72,16 @@ def check_renormalize(renormalize: bool) -> None:
 
 def check_scale(scale: Tensor | float) -> None:
     """TypeError unless it is a tensor or a number."""
-    if isinstance(scale, bool) or not isinstance(scale, Tensor | int | float):
+    if not isinstance(scale, Tensor) and not _is_number(scale):
         raise TypeError(f"scale must be a tensor of one element or a number, got {scale!r}")
+
+
+def check_parameters(steering_scale: Tensor | float, dtype: torch.dtype | None) -> None:
+    """TypeError for a ``steering_scale`` that is no number, and for a ``dtype`` that the operators do not take."""
+    if not isinstance(steering_scale, Tensor) and not _is_number(steering_scale):
+        raise TypeError(f"steering_scale must be a number, got {steering_scale!r}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(f"dtype must be torch.float32, float16, bfloat16 or float64, got {dtype!r}")
 
 
 def check_size(name: str, size: int) -> int:
@@ -94,6 +105,8 @@ def check_stream(name: str, h: Tensor, rank: int | None = None) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(h).__name__}")
     if h.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {_dtype(h)}")
+    if h.layout is not torch.strided or h.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a {'nested' if h.is_nested else str(h.layout).removeprefix('torch.')} one")
     if rank is not None and h.dim() != rank:
         raise ValueError(f"{name} must be (batch, time, width) to be pooled over time, got shape {tuple(h.shape)}")
     if h.dim() == 0:
@@ -163,6 +176,11 @@ def _check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int | st
         raise ValueError(f"{name} must have shape ({wanted}) for a stream of width {x.shape[-1]}, got {tuple(tensor.shape)}")
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on the stream's device {x.device}, got {tensor.device}")
+
+
+def _is_number(value: Any) -> bool:
+    """NumPy's numbers are some, bools are none."""
+    return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
 
 
 def _integer(name: str, value: Any, otherwise: str = "") -> int:

@@ -103,7 +103,7 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pool_size = check_pool(pool, pool_size)
-    check_norm(eps, rms)
+    eps = check_norm(eps, rms)
     check_renormalize(renormalize)
     check_scale(scale)
     check_stream("x" if norm else "h", x, rank=3 if pool else None)

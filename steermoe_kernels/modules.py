@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import checkpoints
 from . import functional as SF
 from .backends import get_backend
-from .checks import check_layer, check_renormalize, check_size, check_top_k, check_width
+from .checks import check_layer, check_parameters, check_renormalize, check_size, check_top_k, check_width
 
 __all__ = ["FusedSteerMoE", "LayerParameters"]
 
@@ -56,6 +56,7 @@ class FusedSteerMoE(nn.Module):
         num_layers = check_size("num_layers", num_layers)
         output_dim = None if output_dim is None else check_size("output_dim", output_dim)
         check_renormalize(renormalize)
+        check_parameters(steering_scale, dtype)
         top_k = None if top_k is None else check_top_k(top_k, num_experts)
         if backend != "auto":
             get_backend(backend)

@@ -109,7 +109,7 @@ def available_backends() -> list[str]:
 
 def get_backend(name: str) -> ModuleType:
     """The backend called ``name``. ValueError if there is none of that name, RuntimeError if it cannot run on this machine."""
-    if name not in _modules():
+    if not isinstance(name, str) or name not in _modules():
         raise ValueError(f"unknown backend {name!r}: choose one of auto, {', '.join(_modules())}")
     if (reason := _unavailable(name)) is not None:
         raise RuntimeError(f"backend {name!r} is unavailable: {reason}")

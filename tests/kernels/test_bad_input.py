@@ -93,6 +93,12 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("a word for the scale", {"scale": "x"}, TypeError, r"scale must be a tensor of one element or a number, got 'x'"),
     ("no scale", {"scale": None}, TypeError, r"scale must be a tensor of one element or a number, got None"),
     ("eight bits of weight", {"weight": _zeros(EXPERTS, WIDTH).to(torch.float8_e4m3fn)}, TypeError, r"weight .*got float8_e4m3fn"),
+    ("negative eps", {"eps": -1e-5}, ValueError, r"eps must be at least 0, got -1e-05"),
+    ("a word for eps", {"eps": "small"}, TypeError, r"eps must be a number, got 'small'"),
+    ("sparse x", {"x": _zeros(2, 5, WIDTH).to_sparse()}, TypeError, r"(x|h) must be a dense tensor, got a sparse_coo one"),
+    ("sparse residual", {"residual": _zeros(2, 5, WIDTH).to_sparse()}, TypeError, r"residual must be a dense tensor, got a sparse_coo one"),
+    ("nested x", {"x": torch.nested.nested_tensor([_zeros(5, WIDTH)])}, TypeError, r"(x|h) must be a dense tensor, got a nested one"),
+    ("a list for the backend", {"backend": []}, ValueError, r"unknown backend \[\]: choose one of auto, "),
     ("unknown backend", {"backend": "tpu"}, ValueError, r"unknown backend 'tpu': choose one of auto, .*reference"),
     *[("a backend that cannot run here", {"backend": name}, RuntimeError, f"backend '{name}' is unavailable: ") for name in UNAVAILABLE],
 ]
@@ -120,6 +126,17 @@ def test_mixed_devices(backend: str, device: torch.device, run: Any, name: str) 
     _expect(good, lambda: run(elsewhere, backend), ValueError, rf"({named}) must be on (the stream's|x's) device .*, got .*")
 
 
+def test_numbers_of_numpy(backend: str, device: torch.device) -> None:
+    """They are numbers: for the scale, for eps, and where an integer is wanted."""
+    good, np = _arguments(device), pytest.importorskip("numpy")
+    numbers = {"scale": 0.5, "eps": 0.25, "pool": "max", "pool_size": 2, "top_k": 2}
+    kinds = {"scale": np.float32, "eps": np.float32, "pool": str, "pool_size": np.int64, "top_k": np.int8}
+    expected = _steer_norm(good | numbers, backend)
+    results = _steer_norm(good | {name: kinds[name](value) for name, value in numbers.items()}, backend)
+    assert all(map(torch.equal, results, expected))
+    assert FusedSteerMoE(WIDTH, steering_scale=np.float32(0.5)).layer_scales.tolist() == [0.5]
+
+
 def _expect(good: dict[str, Any], call: Any, error: type[Exception], message: str) -> None:
     """The call fails as it should, and afterwards every tensor is what it was."""
     before = {name: tensor.detach().clone() for name, tensor in good.items() if isinstance(tensor, Tensor)}
@@ -144,6 +161,12 @@ def _expect(good: dict[str, Any], call: Any, error: type[Exception], message: st
         ({"output_dim": 0}, ValueError, "output_dim must be at least 1, got 0"),
         ({"top_k": 0}, ValueError, r"top_k must be between 1 and num_experts \(8\), got 0"),
         ({"top_k": 9}, ValueError, r"top_k must be between 1 and num_experts \(8\), got 9"),
+        ({"steering_scale": "large"}, TypeError, "steering_scale must be a number, got 'large'"),
+        ({"steering_scale": 1j}, TypeError, "steering_scale must be a number, got 1j"),
+        ({"steering_scale": True}, TypeError, "steering_scale must be a number, got True"),
+        ({"dtype": torch.complex64}, TypeError, r"dtype must be torch\.float32, .*, got torch\.complex64"),
+        ({"dtype": torch.int64}, TypeError, r"dtype must be torch\.float32, .*, got torch\.int64"),
+        ({"dtype": "float32"}, TypeError, r"dtype must be torch\.float32, .*, got 'float32'"),
         ({"backend": "tpu"}, ValueError, "unknown backend 'tpu'"),
         *[({"backend": name}, RuntimeError, f"backend '{name}' is unavailable: ") for name in UNAVAILABLE],
     ],
