@@ -135,18 +135,19 @@ class FusedSteerMoE(nn.Module):
 
         ``norm`` is torch's or has its attributes: an RMSNorm is told by its class's name (and multiplies by its weight, not, as Gemma's, by
         one more). ``parameters``: that layer's slices, where
-        `layer_parameters` has cut them already. Returns ``y`` and ``normed``. IndexError if there is no such layer; else as `steer_norm`.
+        `layer_parameters` has cut them already. Returns ``y`` and ``normed``. IndexError if there is no such layer, TypeError or ValueError
+        for another norm; else as `functional.steer_norm`.
         """
         check_width("x", x, self.feature_dim)
         check_layer(layer, self.num_layers)
-        rms = "RMSNorm" in type(norm).__name__
+        eps, rms = _eps(norm, x), "RMSNorm" in type(norm).__name__
         y, normed, gates = SF.steer_norm(
             x,
             *(self.layer(layer) if parameters is None else parameters),
             norm.weight,  # type: ignore[arg-type]
             getattr(norm, "bias", None),
             residual=residual,
-            eps=_eps(norm, x.dtype),
+            eps=eps,
             rms=rms,
             pool=pool,
             pool_size=pool_size,
@@ -191,10 +192,19 @@ class FusedSteerMoE(nn.Module):
         )
 
 
-def _eps(norm: Any, dtype: torch.dtype) -> float:
-    """A norm's epsilon, by the names in use; torch's RMSNorm may leave it to the dtype of what it reads."""
-    for name in ("eps", "variance_epsilon"):
-        if hasattr(norm, name):
-            eps = getattr(norm, name)
-            return float(torch.finfo(dtype).eps if eps is None else eps)
-    raise TypeError(f"norm must be a LayerNorm or an RMSNorm with an eps, got {type(norm).__name__}")
+def _eps(norm: Any, x: Tensor) -> float:
+    """A norm's epsilon, by the names in use; torch's RMSNorm may leave it to the dtype of what it reads.
+
+    TypeError for what is no LayerNorm or RMSNorm, ValueError for one over other dimensions than the last.
+    """
+    names = [name for name in ("eps", "variance_epsilon") if hasattr(norm, name)]
+    if not names or not hasattr(norm, "weight") or isinstance(norm, _OTHER_NORMS):
+        raise TypeError(f"norm must be a LayerNorm or an RMSNorm with an eps, got {type(norm).__name__}")
+    shape = tuple(getattr(norm, "normalized_shape", x.shape[-1:]))
+    if norm.weight is None and shape != x.shape[-1:]:  # the shape of a weight is checked with the others
+        raise ValueError(f"norm must be over the last dimension, {tuple(x.shape[-1:])}, got one over {shape}")
+    eps = getattr(norm, names[0])
+    return float(torch.finfo(x.dtype).eps if eps is None else eps)
+
+
+_OTHER_NORMS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)  # instance norms are of the second kind

@@ -192,6 +192,14 @@ def _calls(device: torch.device) -> dict[str, tuple[Any, type[Exception], str]]:
         "projection's bias": (lambda a: SF.project(h, _zeros(4, 6), _zeros(1)), ValueError, r"projection's bias must have shape \(4,\)"),
         "integer projection": (lambda a: SF.project(h, _zeros(4, 6).long(), None), TypeError, "projection's weight must be .*got int64"),
         "norm without an eps": (lambda a: a.steer_norm(h, 0, nn.Linear(6, 6)), TypeError, "norm must be a LayerNorm .*got Linear"),
+        "no norm": (lambda a: a.steer_norm(h, 0, None), TypeError, "norm must be a LayerNorm .*got NoneType"),
+        "batch norm": (lambda a: a.steer_norm(h, 0, nn.BatchNorm1d(WIDTH)), TypeError, "norm must be a LayerNorm .*got BatchNorm1d"),
+        "group norm": (lambda a: a.steer_norm(h, 0, nn.GroupNorm(2, WIDTH)), TypeError, "norm must be a LayerNorm .*got GroupNorm"),
+        "norm over more": (
+            lambda a: a.steer_norm(h, 0, nn.LayerNorm((5, WIDTH), elementwise_affine=False)),
+            ValueError,
+            r"norm must be over the last dimension, \(6,\), got one over \(5, 6\)",
+        ),
         "no such layer with parameters": (
             lambda a: a.steer_norm(h, 2, norm, parameters=a.layer(0)),
             IndexError,
