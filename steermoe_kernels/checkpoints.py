@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,10 @@ _PUBLIC_PREFIXES = ("whisper_encoder.", "conformer_encoder.")
 
 
 def read(checkpoint: str | os.PathLike[str] | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A state dict from a ``.bin``/``.pt`` file (weights only), a ``.safetensors`` file, or a folder holding one of either name."""
+    """A state dict from a ``.bin``/``.pt`` file (weights only), a ``.safetensors`` file, or a folder holding one of either name.
+
+    OSError where there is none, RuntimeError for a file that is something else.
+    """
     if isinstance(checkpoint, Mapping):
         return checkpoint
     path = os.fspath(checkpoint)
@@ -30,11 +34,20 @@ def read(checkpoint: str | os.PathLike[str] | Mapping[str, Tensor]) -> Mapping[s
         if not found:
             raise FileNotFoundError(f"{path} holds neither {' nor '.join(names)}")
         path = found[0]
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
 
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # of a damaged file torch says that a list index is out of range
+        raise RuntimeError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(state, Mapping):
+        raise RuntimeError(f"{path} must hold a state dict, it holds a {type(state).__name__}")
+    return state
 
 
 def aligner_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -53,12 +66,15 @@ def sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
     if missing := [key for key in _STEERING if key not in state]:
         raise RuntimeError(f"the checkpoint holds no aligner: missing {', '.join(missing)}")
     vectors = state["steering_vectors"]
-    if vectors.dim() != 3:
-        raise RuntimeError(f"steering_vectors must be (layers, experts, width), the checkpoint's is {tuple(vectors.shape)}")
+    if not isinstance(vectors, Tensor) or vectors.dim() != 3:
+        raise RuntimeError(f"steering_vectors must be (layers, experts, width), the checkpoint's is {_form(vectors)}")
     num_layers, num_experts, feature_dim = vectors.shape
     found = {"feature_dim": feature_dim, "num_experts": num_experts, "num_layers": num_layers}
     if "prompt_proj.weight" in state:
-        found["output_dim"] = state["prompt_proj.weight"].shape[0]
+        projection = state["prompt_proj.weight"]
+        if not isinstance(projection, Tensor) or projection.dim() != 2:
+            raise RuntimeError(f"prompt_proj.weight must be (output_dim, width), the checkpoint's is {_form(projection)}")
+        found["output_dim"] = projection.shape[0]
     return found
 
 
@@ -67,9 +83,13 @@ def check_fits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     faults = [f"missing {key} {tuple(tensor.shape)}" for key, tensor in own.items() if key not in state]
     faults += [f"unknown {key}" for key in state if key not in own]
     faults += [
-        f"{key} must be {tuple(own[key].shape)}, the checkpoint's is {tuple(tensor.shape)}"
+        f"{key} must be {tuple(own[key].shape)}, the checkpoint's is {_form(tensor)}"
         for key, tensor in state.items()
-        if key in own and tensor.shape != own[key].shape
+        if key in own and not (isinstance(tensor, Tensor) and tensor.shape == own[key].shape)
     ]
     if faults:
         raise RuntimeError("the checkpoint does not fit this aligner, nothing was loaded: " + "; ".join(faults))
+
+
+def _form(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"no tensor but a {type(value).__name__}"

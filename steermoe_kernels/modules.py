@@ -83,10 +83,14 @@ class FusedSteerMoE(nn.Module):
     def from_checkpoint(cls, checkpoint: str | Mapping[str, Tensor], **kwargs: Any) -> FusedSteerMoE:
         """An aligner with the sizes and weights of a checkpoint: a path, or a state dict with the public implementation's keys or ours.
 
-        ``kwargs`` may hold what a checkpoint does not say: ``top_k``, ``renormalize``, ``backend``, ``device``, ``dtype``.
+        ``kwargs`` may hold what a checkpoint does not say: ``top_k``, ``renormalize``, ``backend``, ``device``, ``dtype``. TypeError for
+        others, OSError and RuntimeError for a checkpoint that is not there or holds no aligner.
         """
         state = checkpoints.aligner_state(checkpoints.read(checkpoint))
-        aligner = cls(**(kwargs | checkpoints.sizes(state)))
+        sizes = checkpoints.sizes(state)
+        if said := [name for name in ("feature_dim", "num_experts", "num_layers", "output_dim") if name in kwargs]:
+            raise TypeError(f"{' and '.join(said)} must be left to the checkpoint, which says {sizes}")
+        aligner = cls(**(kwargs | sizes))
         aligner.load_state_dict(state)
         return aligner
 

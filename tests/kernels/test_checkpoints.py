@@ -83,6 +83,22 @@ def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
         FusedSteerMoE.from_checkpoint(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["aligner.bin", "aligner.safetensors"])
+def test_a_file_that_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(b"rubbish")
+    with pytest.raises(RuntimeError, match=re.escape(f"{file} cannot be read as a checkpoint: ")):
+        FusedSteerMoE.from_checkpoint(str(file))
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(RuntimeError, match=r"list\.pt must hold a state dict, it holds a list"):
+        FusedSteerMoE.from_checkpoint(str(tmp_path / "list.pt"))
+
+
+def test_sizes_are_the_checkpoints_to_say() -> None:
+    with pytest.raises(TypeError, match=r"feature_dim must be left to the checkpoint, which says .*'feature_dim': 12"):
+        FusedSteerMoE.from_checkpoint(own_state(), feature_dim=9)
+
+
 def without(*keys: str) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in public_state().items() if not key.endswith(keys)}
 
@@ -100,12 +116,13 @@ def without(*keys: str) -> dict[str, Tensor]:
                 "prompt_proj.bias must be (7,), the checkpoint's is (9,)",
             ],
         ),
+        (own_state() | {"layer_scales": 0.1}, ["layer_scales must be (3,), the checkpoint's is no tensor but a float"]),
         (
             {"router.weight": torch.zeros(1, 1), "stranger": torch.zeros(1)},
             ["missing steering_vectors (3, 4, 12)", "missing layer_scales (3,)", "unknown stranger", "router.weight must be (12, 12)"],
         ),
     ],
-    ids=["missing", "missing projection", "unknown", "of another shape", "everything at once"],
+    ids=["missing", "missing projection", "unknown", "of another shape", "no tensor", "everything at once"],
 )
 def test_what_does_not_fit_is_named_in_one_message_and_nothing_is_loaded(state: dict[str, Tensor], words: list[str]) -> None:
     fused = aligner()
@@ -132,6 +149,12 @@ def test_sizes_that_cannot_be_read(keys: tuple[str, ...]) -> None:
 def test_vectors_of_another_rank() -> None:
     with pytest.raises(RuntimeError, match=re.escape("steering_vectors must be (layers, experts, width), the checkpoint's is (4, 12)")):
         FusedSteerMoE.from_checkpoint(public_state() | {"whisper_encoder.steering_vectors": torch.zeros(4, 12)})
+
+
+@pytest.mark.parametrize(("key", "form"), [("steering_vectors", "(layers, experts, width)"), ("prompt_proj.weight", "(output_dim, width)")])
+def test_sizes_of_what_is_no_tensor(key: str, form: str) -> None:
+    with pytest.raises(RuntimeError, match=re.escape(f"{key} must be {form}, the checkpoint's is no tensor but a str")):
+        FusedSteerMoE.from_checkpoint(own_state() | {key: "?"})  # type: ignore[dict-item]
 
 
 def test_what_does_not_fit_its_own_sizes() -> None:
