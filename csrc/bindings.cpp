@@ -24,7 +24,7 @@ void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
 const steer::cpu::Kernels& kernels(const std::string& level) {
   const steer::cpu::Kernels* found = steer::cpu::find_kernels(level.empty() ? nullptr : level.c_str());
-  if (found == nullptr) throw std::invalid_argument("this processor or build has no kernels for '" + level + "'");
+  if (found == nullptr) throw std::invalid_argument("STEERMOE_SIMD: this processor or build has no kernels for '" + level + "'");
   return *found;
 }
 

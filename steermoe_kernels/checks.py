@@ -42,7 +42,7 @@ def check_top_k(top_k: int | None, num_experts: int) -> int:
 
 
 def check_pool(pool: str | None, pool_size: int) -> int:
-    """``pool_size`` as an int. ValueError unless ``pool`` is None, "max" or "mean" and ``pool_size`` between 1 and 2^31 - 1."""
+    """``pool_size`` as an int. ValueError unless ``pool`` is "max" or "mean", ``pool_size`` 1 to 2^31 - 1; or None with a size of 1."""
     if pool not in (None, "max", "mean"):
         raise ValueError(f"pool must be None, 'max' or 'mean', got {pool!r}")
     pool_size = _integer("pool_size", pool_size)
@@ -50,6 +50,8 @@ def check_pool(pool: str | None, pool_size: int) -> int:
         raise ValueError(f"pool_size must be at least 1, got {pool_size}")
     if pool_size > _LARGEST_POOL:
         raise ValueError(f"pool_size must be at most {_LARGEST_POOL}, got {pool_size}")
+    if pool is None and pool_size != 1:
+        raise ValueError(f"pool None pools nothing, and pool_size must be 1 then, got {pool_size}")
     return pool_size
 
 

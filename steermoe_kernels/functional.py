@@ -114,9 +114,10 @@ def _run(
         if residual.dtype != x.dtype:  # under autocast a layer's output is half while the stream stays float32
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        came = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"weight must be a tensor of shape (E, {x.shape[-1]}), got {came}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be a tensor of shape (E, {x.shape[-1]}), got {tuple(weight.shape)}")
     if not isinstance(scale, Tensor):
         scale = torch.full((), float(scale), dtype=compute_dtype(x.dtype), device=x.device)
     elif scale.numel() == 1:

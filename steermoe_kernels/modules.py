@@ -144,7 +144,7 @@ class FusedSteerMoE(nn.Module):
         """
         check_width("x", x, self.feature_dim)
         check_layer(layer, self.num_layers)
-        eps, rms = _eps(norm, x), "RMSNorm" in type(norm).__name__
+        eps, rms = _eps(norm, x), "RMSNorm" in (kind := type(norm).__name__) or kind == "T5LayerNorm"
         y, normed, gates = SF.steer_norm(
             x,
             *(self.layer(layer) if parameters is None else parameters),

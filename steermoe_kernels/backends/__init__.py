@@ -34,6 +34,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -140,5 +141,9 @@ def _auto(device: torch.device, dtype: torch.dtype, measured: str | None) -> Mod
 
     if measured is not None and runs(measured):
         return _load(measured)
-    usable = [_load(name) for name in _modules() if runs(name) and device.type in _load(name).AUTO_DEVICES]
+    made_for_it = [name for name, found in _modules().items() if device.type in getattr(found, "AUTO_DEVICES", ())]
+    usable = [_load(name) for name in made_for_it if runs(name)]
+    missing = "; ".join(f"{name}: {reason}" for name in made_for_it if (reason := _unavailable(name)) is not None)
+    if missing and not usable:
+        warnings.warn(f"plain PyTorch steers here, slower than it could ({missing})", RuntimeWarning, stacklevel=2)
     return max(usable, key=lambda backend: backend.PRIORITY, default=_load("reference"))

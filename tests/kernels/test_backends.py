@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -158,6 +159,20 @@ def test_auto_falls_back_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(backends.get_backend(name), "AUTO_DEVICES", frozenset())
     backends._auto.cache_clear()
     assert backends.select_backend("auto", CPU, torch.float32) is backends.get_backend("reference")
+
+
+def test_auto_says_once_that_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt variable or a failed build must not cost speed in silence."""
+    if "cpu" not in available_backends():
+        pytest.skip("the compiled module is not here")
+    monkeypatch.setenv("STEERMOE_SIMD", "avx513")
+    backends._auto.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"plain PyTorch steers here, slower than it could \(cpu: STEERMOE_SIMD=avx513 names no"):
+        assert backends.select_backend("auto", CPU, torch.float32) is backends.get_backend("reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backends.select_backend("auto", CPU, torch.float32)
+    backends._auto.cache_clear()
 
 
 def test_importing_does_nothing_to_the_machine() -> None:

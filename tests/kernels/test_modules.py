@@ -190,6 +190,8 @@ def test_steer_norm_takes_an_rms_norm(backend: str, device: torch.device, eps: f
 
     expected = nn.functional.rms_norm(y, (WIDTH,), norm.weight, T5RMSNorm.variance_epsilon)
     torch.testing.assert_close(aligner.steer_norm(x, 1, T5RMSNorm())[1], expected)
+    T5RMSNorm.__name__ = "T5LayerNorm"  # what transformers calls it, although it takes no mean off
+    torch.testing.assert_close(aligner.steer_norm(x, 1, T5RMSNorm())[1], expected)
 
 
 # --- project ----------------------------------------------------------------------------------------------------------------------------
