@@ -150,7 +150,7 @@ def place_layers(
     """Exchange the classes of ``layers`` and of the ``norms`` that read the stream after each of them; the last norm pools."""
     for index, (layer, norm) in enumerate(zip(layers, norms, strict=True)):
         here = pool if index == len(layers) - 1 else None
-        swap(layer, mixin, _place=Place(aligner, index, norm, here, pool_size))
+        swap(layer, mixin, _place=Place(aligner, index, norm, here, pool_size if here else 1))
         swap(norm, SteeredNorm, _pool=here, _pool_size=pool_size)
 
 
