@@ -18,8 +18,9 @@ from transformers import AutoFeatureExtractor, AutoModel, WhisperFeatureExtracto
 pytest.importorskip("espeakng_loader", reason="the encoder's training and its measurement need the espeakng-loader wheel")
 
 from steermoe.backbones import encoder_path, train_encoder
+from steermoe.backbones.accents import NEAR, Accent
 from steermoe.backbones.train_encoder import CHARACTERS, PHONEMES, Clip, _stretched, collate, encode, load, measure, spell, text
-from steermoe.demo.phrases import LEXICON, split_of
+from steermoe.demo.phrases import LEXICON, sentences, split_of
 from steermoe.demo.speech import HELD_OUT_VOICES, SAMPLING_RATE, TRAINING_VOICES, Voice, utter
 
 SENTENCES = ("anna found the red book", "three zero nine")
@@ -161,6 +162,30 @@ def test_a_few_steps_lower_the_loss() -> None:
         losses.append(loss.item())
     assert set(parts) == {"phonemes", "spelling"}
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_an_accent_exchanges_whole_sounds_and_always_the_same() -> None:
+    accent = Accent(random.Random(0))
+    accent.exchanged = {"a": "E", "3:": "V", "t": "?"}
+    # Longer mnemonics are sounds of their own: "aI" holds no "a", "tS" no "t", "a#" no "a".
+    assert accent("k'at tS'3:tS naIn bl'ak a#t") == "k'E? tS'VtS naIn bl'Ek a#?"
+    drawn = [Accent(random.Random(seed)).exchanged for seed in range(200)]
+    assert Accent(random.Random(3)).exchanged == drawn[3]
+    assert all(said in NEAR[sound] for one in drawn for sound, said in one.items())
+    assert {sound for one in drawn for sound in one} == set(NEAR)
+    vowels = sum(sound in one for one in drawn for sound in ("a", "I", "oU")) / 600
+    consonants = sum(sound in one for one in drawn for sound in ("t", "D", "l")) / 600
+    assert 0.25 < vowels < 0.35 and 0.06 < consonants < 0.14
+
+
+def test_what_voices_say_has_a_label() -> None:
+    """Mnemonics that are not among the labels are taken for silence: none that is heard often."""
+    rng, heard = random.Random(0), []
+    for sentence in sentences(3, 150):
+        heard += [name.strip("',|%=") for name, _ in utter(sentence, rng.choice(TRAINING_VOICES), Accent(rng)).phonemes]
+    spoken = [name for name in heard if not name.startswith("_")]
+    assert len(spoken) > 1500
+    assert sum(name not in PHONEMES for name in spoken) < 0.01 * len(spoken)
 
 
 def test_made_up_words_have_no_spelling_to_learn() -> None:

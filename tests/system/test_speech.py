@@ -60,6 +60,17 @@ def test_phonemes_come_in_order_within_the_clip() -> None:
     assert starts[0] >= 0 and starts[-1] <= len(utterance.audio) / SAMPLING_RATE
 
 
+def test_a_text_may_be_pronounced_otherwise() -> None:
+    heard: list[str] = []
+    voice = Voice("en-us", "m1")
+    plain = utter("the small cat. it sat", voice)
+    same = utter("the small cat. it sat", voice, lambda mnemonics: heard.append(mnemonics) or mnemonics)  # type: ignore[func-returns-value]
+    assert "k'at" in heard[0] and "s'at" in heard[0], "all clauses"
+    other = [name.strip("',") for name, _ in utter("cat", voice, lambda mnemonics: mnemonics.replace("a", "E")).phonemes]
+    assert other[:3] == ["k", "E", "t"]
+    assert [name for name, _ in same.phonemes if "_" not in name] == [name for name, _ in plain.phonemes if "_" not in name]
+
+
 def test_voices_for_measuring_are_never_trained_on() -> None:
     assert not {str(voice) for voice in HELD_OUT_VOICES} & {str(voice) for voice in TRAINING_VOICES}
     assert not {voice.speaker for voice in HELD_OUT_VOICES} & {voice.speaker for voice in TRAINING_VOICES}

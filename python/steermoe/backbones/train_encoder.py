@@ -1,9 +1,9 @@
-"""Trains the tiny speech encoder that the demo steers, from nothing: ``python -m steermoe.backbones.train_encoder --minutes 40``.
+"""Trains the tiny speech encoder that the demo steers, from nothing: ``python -m steermoe.backbones.train_encoder --minutes 65``.
 
-A Whisper encoder of two million parameters hears synthesised sentences, random words, digits and made-up words, spoken by many voices and
-distorted as recordings are. Two linear heads read its last hidden states: one names the phoneme of every 20 ms frame (espeak-ng says when
-each began, so nothing has to be aligned), one spells by CTC. What both can read, a projection into a language model can. Voices and
-sentences of `HELD_OUT_VOICES` and the "heldout" split are for measuring only.
+A Whisper encoder of two million parameters hears synthesised sentences, random words, digits and made-up words, spoken by many voices, in
+espeak-ng's accents and in made-up ones, and distorted as recordings are. Two linear heads read its last hidden states: one names the
+phoneme of every 20 ms frame (espeak-ng says when each began, so nothing has to be aligned), one spells by CTC. What both can read, a
+projection into a language model can. Voices and sentences of `HELD_OUT_VOICES` and the "heldout" split are for measuring only.
 
 Writes the encoder (float16, transformers' format), the spelling head and training.json with times, versions and error rates.
 """
@@ -33,12 +33,13 @@ from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 
 from ..demo.phrases import LEXICON, sentences, split_of
 from ..demo.speech import HELD_OUT_VOICES, SAMPLING_RATE, TRAINING_VOICES, Utterance, Voice, augment, utter
+from .accents import Accent
 
 CHARACTERS = " 'abcdefghijklmnopqrstuvwxyz"
 PHONEMES = (
-    "_", "0", "3", "3:", "A:", "E", "I", "IR", "O2", "O@", "OI", "V", "VR", "a", "aU", "eI", "i:", "o@", "u:", "oU", "@", "@2",
-    "@L", "D", "I2", "N", "S", "T", "U", "U@", "Z", "a#", "aI", "aI2", "b", "d", "dZ", "f", "g", "i", "j", "k", "l", "m", "n", "p",
-    "r", "r-", "s", "t", "tS", "v", "w", "z", "h", ";", "t2", "?", "A", "O",
+    "_", "0", "3", "3:", "A:", "A@", "E", "I", "IR", "O2", "O:", "O@", "OI", "V", "VR", "a", "aU", "aa", "e@", "eI", "i:", "i@", "i@3",
+    "o@", "u:", "oU", "@", "@2", "@L", "D", "I2", "N", "R", "S", "T", "U", "U@", "Z", "a#", "aI", "aI2", "aI@", "aU@", "b", "d", "dZ",
+    "f", "g", "i", "j", "k", "l", "m", "n", "p", "r", "r-", "s", "t", "tS", "v", "w", "w#", "z", "h", ";", "t2", "t#", "?", "A", "O",
 )  # fmt: skip
 """espeak-ng's names less the stress; whatever else it says counts as the first, silence."""
 
@@ -160,7 +161,8 @@ def clips(seed: int) -> Iterator[Clip]:
     while True:
         said, heard = text(rng)
         for voice in rng.sample(TRAINING_VOICES, 2):
-            yield Clip(utter(said, voice.varied(rng)), said if heard else "")
+            accent = Accent(rng) if rng.random() < 0.5 else None
+            yield Clip(utter(said, voice.varied(rng), accent), said if heard else "")
 
 
 @dataclass
@@ -369,7 +371,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo's tiny speech encoder on synthesised speech.")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "encoder")
-    parser.add_argument("--minutes", type=float, default=40.0)
+    parser.add_argument("--minutes", type=float, default=65.0)
     parser.add_argument("--batch", type=int, default=24, help="clips a step")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate of the layers' matrices")
     parser.add_argument("--threads", type=int, default=1)

@@ -41,7 +41,7 @@ from .speech import HELD_OUT_VOICES, SAMPLING_RATE, TRAINING_VOICES, Voice, synt
 __all__ = ["PROMPT", "DemoResult", "Rival", "run"]
 
 PROMPT = "transcribe the audio."
-TRAINING_CLIPS, SENTENCES_A_VOICE, BATCH = 1600, 6, 16
+TRAINING_CLIPS, SENTENCES_A_VOICE, BATCH = 1600, 12, 16
 FEWEST_STEPS, MOST_STEPS = 40, 600
 LONGEST_ANSWER = 64  # tokens, which are characters: the longest sentence has fewer
 LARGEST_SEED = 2**32 - 1  # NumPy's

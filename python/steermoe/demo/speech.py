@@ -87,9 +87,12 @@ def synthesise(text: str, voice: Voice = Voice(), sampling_rate: int = SAMPLING_
     return soxr.resample(audio, SAMPLING_RATE, sampling_rate)
 
 
-def utter(text: str, voice: Voice) -> Utterance:
-    """As `synthesise`, with when each phoneme begins. Errors as there."""
-    samples, rate, phonemes = _speak(text, voice)
+def utter(text: str, voice: Voice, pronounce: Callable[[str], str] | None = None) -> Utterance:
+    """As `synthesise`, with when each phoneme begins. Errors as there.
+
+    ``pronounce`` is given the text in espeak-ng's mnemonics (``"D@2 k'at"``) and returns what to say instead.
+    """
+    samples, rate, phonemes = _speak(text, voice, pronounce)
     import soxr
 
     audio = soxr.resample(samples.astype(np.float32) / 32768, rate, SAMPLING_RATE)
@@ -150,7 +153,8 @@ class _Event(ctypes.Structure):
 
 
 _SYNCHRONOUS, _PHONEME_EVENTS, _NO_EXIT = 2, 1, 0x8000
-_UTF8, _RATE, _PITCH, _PITCH_RANGE = 1, 1, 3, 4
+_UTF8, _READ_MNEMONICS = 1, 0x100
+_RATE, _PITCH, _PITCH_RANGE = 1, 3, 4
 _LIST_ENDS, _PHONEME = 0, 7
 
 
@@ -174,15 +178,25 @@ class _Espeak:
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
         self.callback: Callable[..., int] = kind(self._receive)  # kept: the library holds only its address
         self.library.espeak_SetSynthCallback(self.callback)
+        self.library.espeak_TextToPhonemes.restype = ctypes.c_char_p
 
-    def speak(self, text: str, voice: Voice) -> None:
+    def speak(self, text: str, voice: Voice, pronounce: Callable[[str], str] | None) -> None:
         if self.library.espeak_SetVoiceByName(str(voice).encode()) != 0:
             raise ValueError(f"espeak-ng has no voice {voice}")
         for parameter, value in ((_RATE, voice.rate), (_PITCH, voice.pitch), (_PITCH_RANGE, voice.pitch_range)):
             self.library.espeak_SetParameter(parameter, value, 0)
         encoded = text.encode()
-        if self.library.espeak_Synth(encoded, len(encoded) + 1, 0, 1, 0, _UTF8, None, None) != 0:
+        if pronounce:
+            encoded = f"[[{pronounce(self.mnemonics(encoded))}]]".encode()
+        if self.library.espeak_Synth(encoded, len(encoded) + 1, 0, 1, 0, _UTF8 | (_READ_MNEMONICS if pronounce else 0), None, None) != 0:
             raise RuntimeError(f"espeak-ng could not speak {text!r}")
+
+    def mnemonics(self, encoded: bytes) -> str:
+        """The text in phonemes of the voice that was set."""
+        left, clauses = ctypes.c_char_p(encoded), []
+        while left:
+            clauses.append(self.library.espeak_TextToPhonemes(ctypes.byref(left), _UTF8, 0).decode())
+        return " ".join(clauses)
 
     def close(self) -> None:
         self.library.espeak_Terminate()
@@ -203,13 +217,13 @@ _libc = ctypes.CDLL(None)
 _libc.dlclose.argtypes = (ctypes.c_void_p,)
 
 
-def _speak(text: str, voice: Voice) -> tuple[np.ndarray, int, list[tuple[str, int]]]:
+def _speak(text: str, voice: Voice, pronounce: Callable[[str], str] | None) -> tuple[np.ndarray, int, list[tuple[str, int]]]:
     """int16 samples, their rate, and the phonemes with the sample at which each begins."""
     if not any(character.isalnum() for character in text):
         raise ValueError(f"there is nothing to say in {text!r}")
     espeak = _Espeak(*_files())
     try:
-        espeak.speak(text, voice)
+        espeak.speak(text, voice, pronounce)
     finally:
         espeak.close()
     return np.concatenate(espeak.samples), espeak.rate, espeak.phonemes
