@@ -13,6 +13,9 @@ from .reference import compute_dtype
 
 __all__ = ["project", "steer", "steer_norm"]
 
+# Asked now, because torch.compile of older versions cannot trace the question; torch refuses it for other types of device ("meta").
+_AUTOCASTS = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(kind))
+
 
 def steer(
     h: Tensor,
@@ -79,7 +82,7 @@ def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     check_stream("h", h)
     device = h.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and h.dtype != torch.float64:
+    if device in _AUTOCASTS and torch.is_autocast_enabled(device) and h.dtype != torch.float64:
         h = h.to(torch.get_autocast_dtype(device))
     return ops.project(h, weight, bias)
 

@@ -42,7 +42,15 @@ def test_gates_and_two_numbers_a_frame(
     backend: str, device: torch.device, top_k: int | None, renormalize: bool, norm: str, pool: str | None
 ) -> None:
     problem = Problem(
-        batch=2, frames=5, num_experts=8, top_k=top_k, renormalize=renormalize, norm=norm, pool=pool, pool_size=2, residual=bool(norm)
+        batch=2,
+        frames=5,
+        num_experts=8,
+        top_k=top_k,
+        renormalize=renormalize,
+        norm=norm,
+        pool=pool,
+        pool_size=2 if pool else 1,
+        residual=bool(norm),
     )
     for dtype in dtypes_of(backend, device):
         inputs, _ = draw(problem, dtype, device)

@@ -744,6 +744,10 @@ def test_compiled_the_formula_runs_as_written() -> None:
     public = build(SingleRouterWhisper, layers=2)
     ours = patch_steermoe(copy.deepcopy(public))
     torch._dynamo.reset()
+    try:
+        torch.compile(copy.deepcopy(public), fullgraph=True, backend="aot_eager")(draw().float(), return_gating=True)
+    except torch._dynamo.exc.Unsupported as error:
+        pytest.skip(f"this torch does not compile the public implementation: {str(error).splitlines()[0]}")
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     y, gates = compiled(draw().float(), return_gating=True)
     expected, expected_gates = public(draw().float(), return_gating=True)
