@@ -437,7 +437,9 @@ class AlignerTrainer(Trainer):
             torch.save(_present(self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_fsdp_enabled:
+        """Onto the CPU first: of a sharded run the state is whole there, and "cpu:0", which accelerate calls the device of a run on CPUs,
+        is nothing that torch loads onto."""
+        if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer = _present(self.optimizer)
