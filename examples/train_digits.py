@@ -1,6 +1,6 @@
 """Real speech: connected digits from recorded single ones, trained on some speakers, measured on one who was held out.
 
-    python examples/train_digits.py RECORDINGS [--held-out yweweler] [--steps 600] [--audio-model shipped] [--text-model shipped]
+    python examples/train_digits.py RECORDINGS [--held-out yweweler] [--projection-only] [--audio-model shipped] [--text-model shipped]
 
 RECORDINGS is the folder of the Free Spoken Digit Dataset (github.com/Jakobovski/free-spoken-digit-dataset): files DIGIT_SPEAKER_TAKE.wav.
 Strings of three to six digits are put together from one speaker's takes, with short pauses. The data set's own split is kept: takes 5 and
@@ -65,14 +65,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "held out": write_strings(strings / "held-out", takes, [options.held_out], options.test_strings, rng, test=True),
     }
     config = TrainingConfig(
-        ModelConfig(options.audio_model, options.text_model, num_experts=8, pool="max", pool_size=options.pool_size),
+        ModelConfig(
+            options.audio_model,
+            options.text_model,
+            num_experts=8,
+            pool="max",
+            pool_size=options.pool_size,
+            steering_scale=0.0 if options.projection_only else 0.1,
+        ),
         DataConfig(str(corpora["train"]), str(corpora["validation"]), prompt=PROMPT, normalization="basic", max_new_tokens=64),
         TrainingSection(
             str(output / "run"),
             max_steps=options.steps,
             batch_size=options.batch_size,
-            steering_learning_rate=options.learning_rates[0],
-            router_learning_rate=options.learning_rates[1],
+            # Without steering nothing of it learns: scales of zero, which no gradient moves.
+            steering_learning_rate=0.0 if options.projection_only else options.learning_rates[0],
+            router_learning_rate=0.0 if options.projection_only else options.learning_rates[1],
             projection_learning_rate=options.learning_rates[2],
             warmup_steps=0.05,
             seed=options.seed,
@@ -82,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
     )
     model, processor = build(config.model, seed=options.seed)
-    trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
+    learning = ("prompt_proj",) if options.projection_only else ("",)
+    trained = sum(parameter.numel() for name, parameter in model.trained_parameters().items() if name.startswith(learning))
     print(f"{len(heard)} speakers train {trained:,} parameters: {', '.join(heard)}; held out: {options.held_out}")
     untrained = score(model, processor, corpora["held out"])
     result = train(config, model=model, processor=processor)
@@ -92,7 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scores = {"held-out speaker, untrained": untrained, "training speakers, new takes": seen, "held-out speaker": unseen}
     for name, evaluation in scores.items():
         report(name, evaluation)
-    run = {"held_out": options.held_out, "steps": options.steps, "batch_size": options.batch_size, "seed": options.seed}
+    run = {
+        "held_out": options.held_out,
+        "steered": not options.projection_only,
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "seed": options.seed,
+    }
     run |= {"audio_model": options.audio_model, "text_model": options.text_model, "parameters": trained}
     run |= {"seconds": round(time.perf_counter() - began), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
     numbers = json.dumps(run | {"wer": {name: errors(evaluation) for name, evaluation in scores.items()}}, indent=1)
@@ -109,6 +124,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out", default="yweweler", help="the speaker to test on")
     parser.add_argument("--audio-model", default="shipped")
     parser.add_argument("--text-model", default="shipped")
+    parser.add_argument("--projection-only", action="store_true", help="leave the encoder unsteered, for comparison")
     parser.add_argument("--pool-size", type=int, default=2)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import soundfile
+from safetensors.numpy import load_file
 
 from steermoe.backbones import encoder_path, language_model_path
 
@@ -115,3 +116,17 @@ def test_recordings_that_will_not_do(fault: str, example: ModuleType, tmp_path: 
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
     assert str(folder) in message and not (tmp_path / "out").exists()
+
+
+def test_the_projection_alone_leaves_the_encoder_unsteered(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        encoder_path(), language_model_path()
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+    sizes = ["--steps", "2", "--batch-size", "2", "--strings", "8", "--test-strings", "2"]
+    recordings = _tones(tmp_path / "recordings", ("high", "low"))
+    assert example.main([str(recordings), "--held-out", "low", "--output", str(tmp_path / "out"), "--projection-only", *sizes]) == 0
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["steered"] is False and scores["parameters"] == 192 * 192 + 192
+    weights = load_file(tmp_path / "out" / "run" / "checkpoint-2" / "model.safetensors")
+    assert not weights["layer_scales"].any()
