@@ -43,6 +43,7 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
   const Problem& problem = call.problem;
   const int width = static_cast<int>(problem.width), experts = static_cast<int>(problem.experts);
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+  const int group = Steps > 0 ? kHeldExperts : group_of(experts);
   const GradientTiles<S> has(call);
   const bool needs_y = call.dnormed != nullptr || (Steps > 0 && workspace.dweight != nullptr);
   const bool routes = call.du != nullptr || workspace.dz != nullptr || workspace.ga != nullptr || workspace.dbias != nullptr ||
@@ -144,27 +145,49 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
 
     if (routes) {
       block_dots<BFloat16, kFine>(d, d_rest, span.frames, V, experts, width, partials, a, shared.a_stride);
-      for (int row = warp; row < kRows; row += kWarps) {
-        float* mine = dz + row * shared.table;
-        if (row >= span.frames) {
-          for (int e = lane; e < experts; e += kWarpSize) mine[e] = 0.0f;
-          continue;
+      if (Steps > 0 || experts <= kWarpSize) {
+#pragma unroll 1
+        for (int from = warp * (kWarpSize / group); from < kRows; from += kThreads / group) {
+          const int row = from + lane / group, e = lane % group;
+          const bool there = row < span.frames;
+          const std::int64_t place = at + static_cast<std::int64_t>(row) * experts;
+          float ga;
+          const float value = route_group_backward(experts, group, there, s, a + row * shared.a_stride, g + row * shared.table,
+                                                   call.dgates == nullptr ? nullptr : static_cast<const float*>(call.dgates) + place,
+                                                   call.probs == nullptr ? nullptr : static_cast<const float*>(call.probs) + place, ga);
+          if (e < experts) dz[row * shared.table + e] = value;
+          if (Steps > 0) {
+            dbias_sum += value;
+            dscale_sum += ga;
+          } else {
+            if (workspace.dz != nullptr && there && e < experts) workspace.dz[place + e] = value;
+            if (workspace.ga != nullptr) {
+              ga = sum_over_group(ga, group);
+              if (there && e == 0) workspace.ga[span.first + row] = ga;
+            }
+          }
         }
-        const std::int64_t place = at + static_cast<std::int64_t>(row) * experts;
-        float ga_sum = 0.0f;
-        route_backward(experts, s, a + row * shared.a_stride, g + row * shared.table,
-                       call.dgates == nullptr ? nullptr : static_cast<const float*>(call.dgates) + place,
-                       call.probs == nullptr ? nullptr : static_cast<const float*>(call.probs) + place, [&](int e, float value, float ga) {
-                         mine[e] = value;
-                         ga_sum += ga;
-                         if (Steps > 0) dbias_sum += value;
-                         if (workspace.dz != nullptr) workspace.dz[place + e] = value;
-                       });
-        if (Steps > 0) {
-          dscale_sum += ga_sum;
-        } else if (workspace.ga != nullptr) {
-          ga_sum = sum_over_warp(ga_sum);
-          if (lane == 0) workspace.ga[span.first + row] = ga_sum;
+      } else {
+        for (int row = warp; row < kRows; row += kWarps) {
+          float* mine = dz + row * shared.table;
+          if (row >= span.frames) {
+            for (int e = lane; e < experts; e += kWarpSize) mine[e] = 0.0f;
+            continue;
+          }
+          const std::int64_t place = at + static_cast<std::int64_t>(row) * experts;
+          float ga_sum = 0.0f;
+          route_backward(experts, s, a + row * shared.a_stride, g + row * shared.table,
+                         call.dgates == nullptr ? nullptr : static_cast<const float*>(call.dgates) + place,
+                         call.probs == nullptr ? nullptr : static_cast<const float*>(call.probs) + place,
+                         [&](int e, float value, float ga) {
+                           mine[e] = value;
+                           ga_sum += ga;
+                           if (workspace.dz != nullptr) workspace.dz[place + e] = value;
+                         });
+          if (workspace.ga != nullptr) {
+            ga_sum = sum_over_warp(ga_sum);
+            if (lane == 0) workspace.ga[span.first + row] = ga_sum;
+          }
         }
       }
       sync_block();
@@ -230,7 +253,7 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
     }
     const int e = thread_index() / kHeldExperts, f = thread_index() % kHeldExperts;
     if (workspace.mixed != nullptr && e < experts && f < experts) workspace.mixed[(split * experts + e) * experts + f] = mixed_sum;
-    // An expert's sums lie with its lane of every warp.
+    // An expert's sums lie with its lane of every group of every warp.
     partials[thread_index()] = dbias_sum;
     partials[kThreads + thread_index()] = dscale_sum;
     sync_block();
@@ -240,6 +263,7 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
         dbias += partials[w * kWarpSize + lane];
         dscale += partials[kThreads + w * kWarpSize + lane];
       }
+      for (int mask = group; mask < kWarpSize; mask *= 2) dbias += shuffle_xor(dbias, mask);
       dscale = sum_over_warp(dscale);
       if (workspace.dbias != nullptr && lane < experts) workspace.dbias[split * experts + lane] = dbias;
       if (workspace.dscale != nullptr && lane == 0) workspace.dscale[split] = dscale;

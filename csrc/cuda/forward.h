@@ -10,15 +10,29 @@
 
 namespace steer::cuda {
 
+constexpr int kRowChunks = 5;  // of eight columns, that a lane holds of a frame
+
+// Whether a warp can hold a frame of its own in registers while it is normed.
+STEER_BOTH bool norms_in_registers(const Problem& problem) {
+  return problem.norm != Norm::kNone && problem.pool == Pool::kNone && problem.width <= kRowChunks * 8 * kWarpSize;
+}
+
 // What a block keeps in shared memory, besides its tiles.
 struct ForwardShared {
   int z_stride, g_stride;
 
-  STEER_BOTH explicit ForwardShared(int experts) : z_stride(experts), g_stride(table_stride(experts)) {}
+  STEER_BOTH ForwardShared(const Problem& problem)
+      : z_stride(static_cast<int>(problem.experts)),
+        g_stride(table_stride(static_cast<int>(problem.experts))),
+        gammas_(norms_in_registers(problem) ? 2 * static_cast<int>(problem.width) : 0) {}
   STEER_BOTH int partials() const { return 0; }
   STEER_BOTH int z() const { return partials() + kWarps * kRows * kPartialStride; }
   STEER_BOTH int g() const { return z() + kRows * z_stride; }
-  STEER_BOTH int end() const { return round_up(g() + kRows * g_stride, 4); }  // floats; the tiles start on 16 bytes
+  STEER_BOTH int gamma() const { return round_up(g() + kRows * g_stride, 4); }  // then beta
+  STEER_BOTH int end() const { return gamma() + gammas_; }                      // floats; the tiles start on 16 bytes
+
+ private:
+  int gammas_;
 };
 
 // n = norm(p) of one window, by one warp; p is read from the tile, as it was stored, three times.
@@ -61,6 +75,62 @@ STEER_DEVICE void norm_window(const Forward& call, const Plan& plan, Tile<S> y, 
   }
 }
 
+// n = norm(y) of one frame, by one warp, which reads it once, and writes it to global memory as it passes: the mean, then the squares of
+// what lies off it, from registers. `gamma` and `beta` as `copy_parameter` left them.
+template <typename S>
+STEER_DEVICE void norm_frame(const Forward& call, const S* y, const float* gamma, const float* beta, std::int64_t frame) {
+  const Problem& problem = call.problem;
+  const int width = static_cast<int>(problem.width), lane = thread_index() % kWarpSize;
+  const float size = static_cast<float>(width);
+  S* stored = static_cast<S*>(call.y) + frame * width;
+  S* normed = static_cast<S*>(call.normed) + frame * width;
+  float p[kRowChunks][8];
+  float mean = 0.0f, squares = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kRowChunks; ++k) {
+    const int column = 8 * (lane + k * kWarpSize);
+    const bool there = column < width;
+    const Chunk<S> chunk = there ? read_shared_chunk(y + column) : zero_chunk<S>();
+    if (there) write_chunk(stored + column, chunk);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) p[k][c] = chunk.value(c);
+  }
+  if (problem.norm == Norm::kLayer) {
+#pragma unroll
+    for (int k = 0; k < kRowChunks; ++k)
+#pragma unroll
+      for (int c = 0; c < 8; ++c) mean += p[k][c];
+    mean = sum_over_warp(mean) / size;
+  }
+#pragma unroll
+  for (int k = 0; k < kRowChunks; ++k) {
+    if (8 * k * kWarpSize >= width) break;
+    const float middle = 8 * (lane + k * kWarpSize) < width ? mean : 0.0f;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      p[k][c] -= middle;
+      squares = multiply_add(p[k][c], p[k][c], squares);
+    }
+  }
+  const float rstd = 1.0f / square_root(sum_over_warp(squares) / size + static_cast<float>(problem.eps));
+  if (lane == 0) {
+    float* stats = static_cast<float*>(call.stats);
+    stats[frame] = mean;
+    stats[problem.batch * problem.pooled + frame] = rstd;
+  }
+#pragma unroll
+  for (int k = 0; k < kRowChunks; ++k) {
+    const int column = 8 * (lane + k * kWarpSize);
+    if (column >= width) break;
+    float weights[8], shifts[8];
+    read_copied(gamma, width, column, weights);
+    read_copied(beta, width, column, shifts);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) p[k][c] = multiply_add(p[k][c] * rstd, weights[c], shifts[c]);
+    write_chunk(normed + column, narrow_chunk<S>(p[k]));
+  }
+}
+
 // S: the stream's type; P: that of W and V.
 template <typename S, typename P>
 STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forward call, const Plan plan) {
@@ -71,9 +141,10 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forwa
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
   const bool has_residual = call.residual != nullptr;
 
-  const ForwardShared shared(experts);
+  const ForwardShared shared(problem);
   float* scratch = reinterpret_cast<float*>(shared_memory());
   float *partials = scratch + shared.partials(), *z = scratch + shared.z(), *g = scratch + shared.g();
+  float *gamma = scratch + shared.gamma(), *beta = gamma + width;
   S* tiles = reinterpret_cast<S*>(scratch + shared.end());
   const int tile_size = plan.frames * plan.stride;
   const auto x_tile = [&](int stage) { return Tile<S>{tiles + stage * (has_residual ? 2 : 1) * tile_size, plan.stride}; };
@@ -89,9 +160,16 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forwa
   };
 
   const float s = read_parameter(problem.scale, 0);
+  const int group = group_of(experts);
+  const float bias = problem.bias.data != nullptr && lane % group < experts ? read_parameter(problem.bias, lane % group) : 0.0f;
   const P* W = static_cast<const P*>(problem.weight.data);
   const P* V = static_cast<const P*>(problem.vectors.data);
   for (int k = thread_index(); k < kRows * shared.g_stride; k += kThreads) g[k] = 0.0f;  // rows that no frame fills stay zero
+  const bool in_registers = norms_in_registers(problem);
+  if (in_registers) {
+    copy_parameter(problem.norm_weight, width, 1.0f, gamma);
+    copy_parameter(problem.norm_bias, width, 0.0f, beta);
+  }
 
   int stage = 0;
   if (plan.stages == 2) fetch(block_index(), 0);
@@ -109,15 +187,25 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forwa
 
     block_dots<M, true>(x, r, span.frames, W, experts, width, partials, z, shared.z_stride);
 
-    for (int row = warp; row < span.frames; row += kWarps) {
-      float* logits = z + row * shared.z_stride;
-      if (problem.bias.data != nullptr) {
-        for (int e = lane; e < experts; e += kWarpSize) logits[e] += read_parameter(problem.bias, e);
-        sync_warp();
+    if (experts <= kWarpSize) {
+#pragma unroll 1
+      for (int from = warp * (kWarpSize / group); from < span.frames; from += kThreads / group) {
+        const int row = from + lane / group;
+        const std::int64_t at = (span.first + row) * experts;
+        route_group(problem, group, row < span.frames, bias, z + row * shared.z_stride, g + row * shared.g_stride,
+                    static_cast<float*>(call.gates) + at, call.probs == nullptr ? nullptr : static_cast<float*>(call.probs) + at);
       }
-      const std::int64_t at = (span.first + row) * experts;
-      route(problem, logits, g + row * shared.g_stride, static_cast<float*>(call.gates) + at,
-            call.probs == nullptr ? nullptr : static_cast<float*>(call.probs) + at);
+    } else {
+      for (int row = warp; row < span.frames; row += kWarps) {
+        float* logits = z + row * shared.z_stride;
+        if (problem.bias.data != nullptr) {
+          for (int e = lane; e < experts; e += kWarpSize) logits[e] += read_parameter(problem.bias, e);
+          sync_warp();
+        }
+        const std::int64_t at = (span.first + row) * experts;
+        route(problem, logits, g + row * shared.g_stride, static_cast<float*>(call.gates) + at,
+              call.probs == nullptr ? nullptr : static_cast<float*>(call.probs) + at);
+      }
     }
     sync_block();
 
@@ -138,13 +226,17 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forwa
     });
     sync_block();
 
-    for (int row = warp; row < span.frames; row += kWarps) {
-      S* y = static_cast<S*>(call.y) + (span.first + row) * width;
-      for (int column = 8 * lane; column < width; column += 8 * kWarpSize) write_chunk(y + column, read_shared_chunk(x.at(row, column)));
+    if (in_registers) {
+      for (int row = warp; row < span.frames; row += kWarps) norm_frame(call, x.at(row, 0), gamma, beta, span.first + row);
+    } else {
+      for (int row = warp; row < span.frames; row += kWarps) {
+        S* y = static_cast<S*>(call.y) + (span.first + row) * width;
+        for (int column = 8 * lane; column < width; column += 8 * kWarpSize) write_chunk(y + column, read_shared_chunk(x.at(row, column)));
+      }
+      if (problem.norm != Norm::kNone)
+        for (int window = warp; window < span.windows; window += kWarps)
+          norm_window(call, plan, x, window * plan.window, window_frames(plan, span, window), span.first_window + window);
     }
-    if (problem.norm != Norm::kNone)
-      for (int window = warp; window < span.windows; window += kWarps)
-        norm_window(call, plan, x, window * plan.window, window_frames(plan, span, window), span.first_window + window);
     sync_block();  // before the next tile's copies land here
     if (plan.stages == 2) stage = 1 - stage;
   }

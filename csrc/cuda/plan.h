@@ -82,7 +82,7 @@ bool plan_forward(const Forward& call, const Machine& machine, Plan& plan) {
   plan = plan_windows(p);
   plan.stride = tile_stride<S>(static_cast<int>(p.width));
   const std::int64_t row = static_cast<std::int64_t>(plan.stride) * sizeof(S) * (call.residual == nullptr ? 1 : 2);
-  return plan_tiles(plan, machine, row, 4 * ForwardShared(static_cast<int>(p.experts)).end(), kResident, 1);
+  return plan_tiles(plan, machine, row, 4 * ForwardShared(p).end(), kResident, 1);
 }
 
 // Whether a block can hold the sums of the parameters' gradients.

@@ -28,6 +28,53 @@ STEER_DEVICE std::int32_t rank_key(float z) {
   return bits < 0 ? bits ^ 0x7fffffff : bits;
 }
 
+// Up to 32 experts, a warp routes several frames at once: lane l has expert l % group of frame l / group.
+STEER_DEVICE int group_of(int experts) { return experts <= 8 ? 8 : experts <= 16 ? 16 : kWarpSize; }
+
+template <typename Combine>
+STEER_DEVICE float over_group(float value, int group, Combine combine) {
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2)
+    if (mask < group) value = combine(value, shuffle_xor(value, mask));
+  return value;
+}
+STEER_DEVICE float sum_over_group(float value, int group) {
+  return over_group(value, group, [](float a, float b) { return a + b; });
+}
+
+// g = route(z + b) of a group's frame, up to 32 experts. `z` (E) lies in shared memory, where `g` receives the gates; `gates` and, where
+// not null, `probs` in global memory. Lanes without a frame come along, and write nothing.
+STEER_DEVICE void route_group(const Problem& problem, int group, bool there, float bias, float* z, float* g, float* gates, float* probs) {
+  const int e = thread_index() % group, experts = static_cast<int>(problem.experts), top_k = static_cast<int>(problem.top_k);
+  constexpr float kLowest = -__builtin_huge_valf();
+  const bool mine = there && e < experts;
+  const float logit = mine ? z[e] + bias : kLowest;
+  // A maximum of numbers that are all NaN, or absent, does not matter: the powers are NaN, or not there.
+  const float largest = over_group(logit, group, [](float a, float b) { return a < b ? b : a; });
+  const float power = mine ? exponential(logit - largest) : 0.0f;
+  bool selected = true;
+  float counted = power;
+  if (top_k < experts) {
+    if (mine) z[e] = logit;
+    sync_warp();
+    const std::int32_t key = rank_key(logit);
+    int rank = 0;
+    if (mine)
+      for (int f = 0; f < experts; ++f) {
+        const std::int32_t other = rank_key(z[f]);
+        rank += other > key || (other == key && f < e);
+      }
+    selected = rank < top_k;
+    if (problem.renormalize && !selected) counted = 0.0f;
+  }
+  const float sum = sum_over_group(counted, group);
+  if (!mine) return;
+  const float p = power / sum, gate = selected ? p : 0.0f;
+  g[e] = gate;
+  gates[e] = gate;
+  if (probs != nullptr) probs[e] = p;
+}
+
 // g = route(z). `z` (E) lies in shared memory; `g` receives the gates there; `gates` and, where not null, `probs` (the full softmax) in
 // global memory.
 STEER_DEVICE void route(const Problem& problem, const float* z, float* g, float* gates, float* probs) {
@@ -123,6 +170,25 @@ STEER_DEVICE void route_backward(int experts, float s, const float* a, const flo
     const int e = lane + j * kWarpSize;
     if (e < experts) emit(e, p[j] * (dg[j] - sum), g[e] * a[e]);
   }
+}
+
+// The same of a group's frame, up to 32 experts: a lane's dz; `ga` receives its g a. Lanes without a frame get zeros.
+STEER_DEVICE float route_group_backward(int experts, int group, bool there, float s, const float* a, const float* g, const float* dgates,
+                                        const float* probs, float& ga) {
+  const int e = thread_index() % group;
+  float dg = 0.0f, p = 0.0f;
+  ga = 0.0f;
+  if (there && e < experts) {
+    p = g[e];
+    ga = p * a[e];
+    dg = s * a[e];
+    if (dgates != nullptr) dg += dgates[e];
+    if (probs != nullptr) {
+      if (p == 0.0f) dg = 0.0f;
+      p = probs[e];
+    }
+  }
+  return p * (dg - sum_over_group(p * dg, group));
 }
 
 }  // namespace steer::cuda

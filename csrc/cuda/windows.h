@@ -80,6 +80,26 @@ STEER_DEVICE void read_parameter_chunk(const Parameter& parameter, int column, f
   }
 }
 
+// A (D) parameter in shared memory, in float32, by the whole block: of every eight columns four in the first half of the room and four in
+// the second, so that lanes which read eight neighbours each meet different banks.
+STEER_DEVICE void copy_parameter(const Parameter& parameter, int width, float otherwise, float* to) {
+#pragma unroll 1
+  for (int column = 8 * thread_index(); column < width; column += 8 * kThreads) {
+    float values[8];
+    read_parameter_chunk(parameter, column, otherwise, values);
+    const Chunk<float> chunk = narrow_chunk<float>(values);
+    write(reinterpret_cast<Words*>(to + column / 2), chunk.words[0]);
+    write(reinterpret_cast<Words*>(to + width / 2 + column / 2), chunk.words[1]);
+  }
+}
+
+STEER_DEVICE void read_copied(const float* copied, int width, int column, float (&values)[8]) {
+  const Chunk<float> chunk{{read_shared(reinterpret_cast<const Words*>(copied + column / 2)),
+                            read_shared(reinterpret_cast<const Words*>(copied + width / 2 + column / 2))}};
+#pragma unroll
+  for (int c = 0; c < 8; ++c) values[c] = chunk.value(c);
+}
+
 // One number of a parameter in whatever type it is stored.
 STEER_DEVICE float read_parameter(const Parameter& parameter, std::int64_t at) {
   switch (parameter.dtype) {
