@@ -95,6 +95,11 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
     const Span span = span_of(plan, tile);
     const std::int64_t at = span.first * experts;
     copy_table(g, shared.table, static_cast<const float*>(call.gates) + at, span.frames, kRows, experts);
+    if (call.dnormed != nullptr && plan.window == 1 && thread_index() < 2 * span.frames) {
+      const int row = thread_index() / 2, which = thread_index() % 2;
+      copy_word_async(which == 0 ? &numbers[row].mean : &numbers[row].rstd,
+                      static_cast<const float*>(call.stats) + which * problem.batch * problem.pooled + span.first + row);
+    }
     commit_copies();  // before the next tile's, which are not waited for
     fetch(plan.stages == 2 ? tile + grid_size() : tile, plan.stages == 2 ? 1 - stage : 0);
     if (plan.stages == 2)
@@ -104,39 +109,55 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
     sync_block();
     const Tile<S> y = y_tile(stage), first = tile_of(stage, 0), second = second_tile(stage);
 
-    if (call.dnormed != nullptr) {
-      for (int w = warp; w < span.windows; w += kWarps) {
-        const std::int64_t window = span.first_window + w;
-        WindowNumbers mine = read_stats(call, window);
-        const int row = w * plan.window;
-        window_means(call, y.at(row, 0), y.stride, window_frames(plan, span, w), second.at(row, 0), mine);
-        if (lane == 0) {
-          numbers[w] = mine;
-          if (workspace.row_means != nullptr) {
-            workspace.row_means[window] = mine.mean_t;
-            workspace.row_means[problem.batch * problem.pooled + window] = mine.mean_txhat;
+    if (call.dnormed != nullptr && plan.window == 1) {
+      frame_means(call, y, second, span.frames, partials, numbers);
+      if (workspace.row_means != nullptr && thread_index() < span.frames) {
+        const WindowNumbers& mine = numbers[thread_index()];
+        workspace.row_means[span.first + thread_index()] = mine.mean_t;
+        workspace.row_means[problem.batch * problem.pooled + span.first + thread_index()] = mine.mean_txhat;
+      }
+#pragma unroll 1
+      for (int step = warp; step * kMixStep < width; step += kWarps) {
+        const int column = step * kMixStep + lane % 8 * 8;
+        float dgamma[8] = {}, dbeta[8] = {};
+        if (column < width) {
+          float gamma[8];
+          read_parameter_chunk(problem.norm_weight, column, 1.0f, gamma);
+#pragma unroll
+          for (int m = 0; m < kLaneFrames; ++m) {
+            const int row = lane / 8 + 4 * m;
+            if (row < span.frames) form_frame_gradient(call, y, first, second, row, column, gamma, numbers[row], dgamma, dbeta);
           }
         }
+        if (Steps > 0 && (workspace.dgamma != nullptr || workspace.dbeta != nullptr))
+          add_to_norm_sums(dgamma, dbeta, column, width, dgamma_sums, dbeta_sums);
       }
       sync_block();
-    }
-    if (has.forms) {
+    } else if (has.forms) {
+      if (call.dnormed != nullptr) {
+        for (int w = warp; w < span.windows; w += kWarps) {
+          const std::int64_t window = span.first_window + w;
+          WindowNumbers mine = read_stats(call, window);
+          const int row = w * plan.window;
+          window_means(call, y.at(row, 0), y.stride, window_frames(plan, span, w), second.at(row, 0), mine);
+          if (lane == 0) {
+            numbers[w] = mine;
+            if (workspace.row_means != nullptr) {
+              workspace.row_means[window] = mine.mean_t;
+              workspace.row_means[problem.batch * problem.pooled + window] = mine.mean_txhat;
+            }
+          }
+        }
+        sync_block();
+      }
       for (int step = warp; step * kMixStep < width; step += kWarps) {
         const int column = step * kMixStep + lane % 8 * 8;
         float dgamma[8] = {}, dbeta[8] = {};
         if (column < width)
           for (int w = lane / 8; w < span.windows; w += 4)
             form_gradient(call, y, first, second, w * plan.window, window_frames(plan, span, w), column, column, numbers[w], dgamma, dbeta);
-        if (Steps > 0 && (workspace.dgamma != nullptr || workspace.dbeta != nullptr)) {
-#pragma unroll
-          for (int c = 0; c < 8; ++c) {
-            dgamma[c] += shuffle_xor(dgamma[c], 8), dbeta[c] += shuffle_xor(dbeta[c], 8);
-            dgamma[c] += shuffle_xor(dgamma[c], 16), dbeta[c] += shuffle_xor(dbeta[c], 16);
-          }
-          if (lane < 8 && column < width)
-#pragma unroll
-            for (int c = 0; c < 8; ++c) dgamma_sums[column + c] += dgamma[c], dbeta_sums[column + c] += dbeta[c];
-        }
+        if (Steps > 0 && (workspace.dgamma != nullptr || workspace.dbeta != nullptr))
+          add_to_norm_sums(dgamma, dbeta, column, width, dgamma_sums, dbeta_sums);
       }
       sync_block();
     }
@@ -230,8 +251,7 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
         for (int k = 0; k < Steps; ++k) {
           const int column = (warp + k * kWarps) * kMixStep;
           if (column >= width) break;
-          outer<kParts<G, kFine>, kFactorParts>(d, span.frames, column, width, factor, dvectors_sums[k]);
-          if (d_rest.exists) outer<kParts<G, kFine>, kFactorParts>(d_rest, span.frames, column, width, factor, dvectors_sums[k]);
+          outer<kParts<G, kFine>, kFactorParts>(d, d_rest, span.frames, column, width, factor, dvectors_sums[k]);
         }
       }
     }

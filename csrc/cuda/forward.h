@@ -165,7 +165,7 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forwa
   const P* W = static_cast<const P*>(problem.weight.data);
   const P* V = static_cast<const P*>(problem.vectors.data);
   for (int k = thread_index(); k < kRows * shared.g_stride; k += kThreads) g[k] = 0.0f;  // rows that no frame fills stay zero
-  const bool in_registers = norms_in_registers(problem);
+  const bool norms = problem.norm != Norm::kNone, in_registers = norms_in_registers(problem);
   if (in_registers) {
     copy_parameter(problem.norm_weight, width, 1.0f, gamma);
     copy_parameter(problem.norm_bias, width, 0.0f, beta);
@@ -209,8 +209,7 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forwa
     }
     sync_block();
 
-    // y takes x's place in the tile, rounded: the norm reads it as it is stored, for the backward has nothing else.
-    mix<kFine>(g, shared.g_stride, span.frames, V, experts, width, [&](int row, int column, const float (&gV)[8]) {
+    const auto steered = [&](int row, int column, const float (&gV)[8]) {
       const Chunk<S> u = read_shared_chunk(x.at(row, column));
       float y[8];
 #pragma unroll
@@ -222,20 +221,27 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forwa
       }
 #pragma unroll
       for (int c = 0; c < 8; ++c) y[c] = multiply_add(s, gV[c], y[c]);
-      write_chunk(x.at(row, column), narrow_chunk<S>(y));
-    });
-    sync_block();
+      return narrow_chunk<S>(y);
+    };
+    // Where a norm follows, y takes x's place in the tile, rounded: the norm reads it as it is stored, for the backward has nothing else.
+    if (norms)
+      mix<kFine>(g, shared.g_stride, span.frames, V, experts, width,
+                 [&](int row, int column, const float (&gV)[8]) { write_chunk(x.at(row, column), steered(row, column, gV)); });
+    else
+      mix<kFine>(g, shared.g_stride, span.frames, V, experts, width, [&](int row, int column, const float (&gV)[8]) {
+        write_chunk(static_cast<S*>(call.y) + (span.first + row) * width + column, steered(row, column, gV));
+      });
+    if (norms) sync_block();
 
     if (in_registers) {
       for (int row = warp; row < span.frames; row += kWarps) norm_frame(call, x.at(row, 0), gamma, beta, span.first + row);
-    } else {
+    } else if (norms) {
       for (int row = warp; row < span.frames; row += kWarps) {
         S* y = static_cast<S*>(call.y) + (span.first + row) * width;
         for (int column = 8 * lane; column < width; column += 8 * kWarpSize) write_chunk(y + column, read_shared_chunk(x.at(row, column)));
       }
-      if (problem.norm != Norm::kNone)
-        for (int window = warp; window < span.windows; window += kWarps)
-          norm_window(call, plan, x, window * plan.window, window_frames(plan, span, window), span.first_window + window);
+      for (int window = warp; window < span.windows; window += kWarps)
+        norm_window(call, plan, x, window * plan.window, window_frames(plan, span, window), span.first_window + window);
     }
     sync_block();  // before the next tile's copies land here
     if (plan.stages == 2) stage = 1 - stage;

@@ -78,6 +78,19 @@ STEER_DEVICE void window_means(const Backward& call, const S* y, int stride, int
   numbers.mean_txhat = sum_txhat / size;
 }
 
+// Eight columns of d to a tile, in parts where it has more digits than the stream.
+template <typename S>
+STEER_DEVICE void write_gradient(Tile<S> first, Tile<S> second, int row, int at, const float (&d)[8]) {
+  if constexpr (std::is_same_v<S, float>) {
+    write_chunk(first.at(row, at), narrow_chunk<float>(d));
+  } else {
+    std::uint32_t parts[2][4];
+    neighbours<2>(narrow_chunk<float>(d), parts);
+    write(reinterpret_cast<Words*>(first.at(row, at)), {{parts[0][0], parts[0][1], parts[0][2], parts[0][3]}});
+    if (second.exists) write(reinterpret_cast<Words*>(second.at(row, at)), {{parts[1][0], parts[1][1], parts[1][2], parts[1][3]}});
+  }
+}
+
 // d of one window and eight columns, in place. `column` counts in the stream, `at` in the tiles. Adds to dgamma and dbeta (8).
 template <typename S>
 STEER_DEVICE void form_gradient(const Backward& call, Tile<S> y, Tile<S> first, Tile<S> second, int row, int frames, int at, int column,
@@ -106,15 +119,109 @@ STEER_DEVICE void form_gradient(const Backward& call, Tile<S> y, Tile<S> first, 
     const Chunk<S> dy = call.dy != nullptr ? read_shared_chunk(first.at(row + f, at)) : zero_chunk<S>();
 #pragma unroll
     for (int c = 0; c < 8; ++c) d[c] = dy.value(c) + (to_the_largest && argmax[c] != f ? 0.0f : dp[c]);
-    if constexpr (std::is_same_v<S, float>) {
-      write_chunk(first.at(row + f, at), narrow_chunk<float>(d));
-    } else {
-      std::uint32_t parts[2][4];
-      neighbours<2>(narrow_chunk<float>(d), parts);
-      write(reinterpret_cast<Words*>(first.at(row + f, at)), {{parts[0][0], parts[0][1], parts[0][2], parts[0][3]}});
-      if (second.exists) write(reinterpret_cast<Words*>(second.at(row + f, at)), {{parts[1][0], parts[1][1], parts[1][2], parts[1][3]}});
+    write_gradient(first, second, row + f, at, d);
+  }
+}
+
+// xhat of eight numbers of a frame. In one step where the stream is short: what the product of mean and rstd loses is as small beside the
+// stream's own rounding as what the mean has lost before.
+template <typename S>
+STEER_DEVICE void normalise(const Chunk<S>& y, const WindowNumbers& numbers, float (&xhat)[8]) {
+  const float shift = -numbers.mean * numbers.rstd;
+#pragma unroll
+  for (int c = 0; c < 8; ++c)
+    xhat[c] = std::is_same_v<S, float> ? (y.value(c) - numbers.mean) * numbers.rstd : multiply_add(y.value(c), numbers.rstd, shift);
+}
+
+// Without a pool a window is a frame. A lane has eight columns of frames lane / 8 + 4 m, so that gamma is read once for four frames, and
+// nothing has to be pooled: first the frames' means, by the block, then d.
+constexpr int kLaneFrames = kRows / 4;
+
+// mean(t) and mean(t xhat) of a tile's frames, to `numbers`, which has the rest of them. `partials` (warps, 16, 2) is scratch. Ends with a
+// barrier.
+template <typename S>
+STEER_DEVICE void frame_means(const Backward& call, Tile<S> y, Tile<S> dn, int frames, float* partials, WindowNumbers* numbers) {
+  const int width = static_cast<int>(call.problem.width), warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+  constexpr bool kShort = !std::is_same_v<S, float>;  // as in `normalise`: the mean is taken off the sum
+  float sums[2][kLaneFrames] = {};                    // t, and t (y - mean) or t y
+#pragma unroll 1
+  for (int column = warp * kMixStep + lane % 8 * 8; column < width; column += kWarps * kMixStep) {
+    float gamma[8];
+    read_parameter_chunk(call.problem.norm_weight, column, 1.0f, gamma);
+#pragma unroll
+    for (int m = 0; m < kLaneFrames; ++m) {
+      const int row = lane / 8 + 4 * m;
+      if (row >= frames) break;
+      const Chunk<S> mine = read_shared_chunk(y.at(row, column)), incoming = read_shared_chunk(dn.at(row, column));
+      const float mean = kShort ? 0.0f : numbers[row].mean;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        const float t = incoming.value(c) * gamma[c];
+        sums[0][m] += t;
+        sums[1][m] = multiply_add(t, kShort ? mine.value(c) : mine.value(c) - mean, sums[1][m]);
+      }
     }
   }
+#pragma unroll
+  for (int m = 0; m < kLaneFrames; ++m) {
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      const float sum = sum_over_group(sums[which][m], 8);
+      if (lane % 8 == 0) partials[(warp * kRows + lane / 8 + 4 * m) * 2 + which] = sum;
+    }
+  }
+  sync_block();
+  if (thread_index() < frames) {
+    WindowNumbers& mine = numbers[thread_index()];
+    float t = 0.0f, ty = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float* partial = partials + (w * kRows + thread_index()) * 2;
+      t += partial[0], ty += partial[1];
+    }
+    const float size = static_cast<float>(width);
+    mine.mean_t = call.problem.norm == Norm::kLayer ? t / size : 0.0f;
+    mine.mean_txhat = (kShort ? multiply_add(-mine.mean, t, ty) : ty) * mine.rstd / size;
+  }
+  sync_block();
+}
+
+// d of one frame and eight columns, in place, as `form_gradient`.
+template <typename S>
+STEER_DEVICE void form_frame_gradient(const Backward& call, Tile<S> y, Tile<S> first, Tile<S> second, int row, int at,
+                                      const float (&gamma)[8], const WindowNumbers& numbers, float (&dgamma)[8], float (&dbeta)[8]) {
+  float xhat[8], d[8];
+  normalise(read_shared_chunk(y.at(row, at)), numbers, xhat);
+  const Chunk<S> incoming = read_shared_chunk(second.at(row, at));
+  const Chunk<S> dy = call.dy != nullptr ? read_shared_chunk(first.at(row, at)) : zero_chunk<S>();
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    const float dn = incoming.value(c);
+    dgamma[c] = multiply_add(dn, xhat[c], dgamma[c]);
+    dbeta[c] += dn;
+    const float off = multiply_add(-numbers.mean_txhat, xhat[c], multiply_add(dn, gamma[c], -numbers.mean_t));
+    d[c] = multiply_add(numbers.rstd, off, dy.value(c));
+  }
+  write_gradient(first, second, row, at, d);
+}
+
+// Adds the dgamma and dbeta of a step's 64 columns, which four lanes have a share of, to their sums in shared memory: each of the four adds
+// up a quarter of the sixteen numbers.
+STEER_DEVICE void add_to_norm_sums(const float (&dgamma)[8], const float (&dbeta)[8], int column, int width, float* dgamma_sums,
+                                   float* dbeta_sums) {
+  const int lane = thread_index() % kWarpSize;
+  const bool beta = lane & 8, upper = lane & 16;
+  float eight[8], four[4];
+#pragma unroll
+  for (int c = 0; c < 8; ++c) eight[c] = (beta ? dbeta[c] : dgamma[c]) + shuffle_xor(beta ? dgamma[c] : dbeta[c], 8);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) four[c] = (upper ? eight[c + 4] : eight[c]) + shuffle_xor(upper ? eight[c] : eight[c + 4], 16);
+  if (column >= width) return;
+  Words* sums = reinterpret_cast<Words*>((beta ? dbeta_sums : dgamma_sums) + column + (upper ? 4 : 0));
+  Words words = read_shared(sums);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) words.at[c] = bits_of(float_of(words.at[c]) + four[c]);
+  write(sums, words);
 }
 
 // Starts copying `rows` rows of a table (N, E) from global memory; zeros below them, up to `all_rows`.

@@ -100,10 +100,16 @@ STEER_KERNEL STEER_THREADS(kThreads, Groups == 1 ? kResident : 1)
       }
     } else if (has.forms) {
       const int chunk = lane % 8 * 8;
-      if (chunk < columns)
+      if (chunk < columns && call.dnormed != nullptr && plan.window == 1) {
+        float gamma[8];
+        read_parameter_chunk(problem.norm_weight, column + chunk, 1.0f, gamma);
+        for (int w = warp * 4 + lane / 8; w < span.windows; w += kWarps * 4)
+          form_frame_gradient(call, y, first, second, w, chunk, gamma, numbers[w], dgamma, dbeta);
+      } else if (chunk < columns) {
         for (int w = warp * 4 + lane / 8; w < span.windows; w += kWarps * 4)
           form_gradient(call, y, first, second, w * plan.window, window_frames(plan, span, w), chunk, column + chunk, numbers[w], dgamma,
                         dbeta);
+      }
       sync_block();
     }
     const Tile<G> d{reinterpret_cast<G*>(first.data), plan.stride};
@@ -126,9 +132,8 @@ STEER_KERNEL STEER_THREADS(kThreads, Groups == 1 ? kResident : 1)
         }
         if (workspace.dvectors != nullptr && !of_gates) {
           outer_factor(g + from * shared.table, shared.table, expert, factor);
-          outer<kParts<G, kFine>, kFactorParts>(Tile<G>{d.at(from, 0), d.stride}, rows, 0, columns, factor, dvectors_sums[k]);
-          if (d_rest.exists)
-            outer<kParts<G, kFine>, kFactorParts>(Tile<G>{d_rest.at(from, 0), d.stride}, rows, 0, columns, factor, dvectors_sums[k]);
+          outer<kParts<G, kFine>, kFactorParts>(Tile<G>{d.at(from, 0), d.stride}, Tile<G>{d_rest.at(from, 0), d.stride, d_rest.exists},
+                                                rows, 0, columns, factor, dvectors_sums[k]);
         }
       }
     }

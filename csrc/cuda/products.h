@@ -60,20 +60,21 @@ STEER_DEVICE void dots(Tile<S> first_tile, Tile<S> second_tile, int rows, const 
   constexpr int kA = kAsStored ? 2 : kParts<float, true>;
   const int warp = thread_index() / kWarpSize, i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
   const bool second = second_tile.exists;
+  // Frames and columns beyond the last are read as the last: nobody reads those sums, and those columns meet zeros.
+  const int low = i < rows ? i : rows - 1, high = i + 8 < rows ? i + 8 : rows - 1;
 #pragma unroll
   for (int j = 0; j < 4; ++j)
 #pragma unroll
     for (int c = 0; c < 4; ++c) sums[j][c] = 0.0f;
 
   for (int step = warp; step * kDotsStep < width; step += kWarps) {
-    const int column = step * kDotsStep + 8 * q;
+    const int wanted = step * kDotsStep + 8 * q, column = wanted < width ? wanted : width - 8;
     std::uint32_t a[2][kA][4];  // [frame i or i + 8][part, or tile][pair]
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = i + 8 * half;
-      const bool there = row < rows && column < width;
-      const Chunk<S> one = there ? read_shared_chunk(first_tile.at(row, column)) : zero_chunk<S>();
-      const Chunk<S> two = there && second ? read_shared_chunk(second_tile.at(row, column)) : zero_chunk<S>();
+      const int row = half == 0 ? low : high;
+      const Chunk<S> one = read_shared_chunk(first_tile.at(row, column));
+      const Chunk<S> two = second ? read_shared_chunk(second_tile.at(row, column)) : zero_chunk<S>();
       if constexpr (kAsStored) {
 #pragma unroll
         for (int w = 0; w < 4; ++w) a[half][0][w] = one.word(w), a[half][1][w] = two.word(w);
@@ -88,7 +89,7 @@ STEER_DEVICE void dots(Tile<S> first_tile, Tile<S> second_tile, int rows, const 
     for (int j = 0; j < 4; ++j) {
       if (first + 8 * j >= experts) break;
       const int e = first + 8 * j + i;
-      const bool there = e < experts && column < width;
+      const bool there = e < experts && wanted < width;
       std::uint32_t b[kB][4];
       neighbours<kB>(there ? read_only_chunk(parameter + static_cast<std::int64_t>(e) * width + column) : zero_chunk<P>(), b);
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -120,14 +121,17 @@ STEER_DEVICE void block_dots(Tile<S> first_tile, Tile<S> second_tile, int rows, 
     float sums[4][4];
     dots<M, fine>(first_tile, second_tile, rows, parameter, first, experts, width, sums);
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < 4; ++j) {
+      if (first + 8 * j >= experts) break;
 #pragma unroll
       for (int c = 0; c < 4; ++c) partials[(warp * kRows + i + 8 * (c / 2)) * kPartialStride + 8 * j + 2 * q + c % 2] = sums[j][c];
+    }
     sync_block();
-    const int group = experts - first < kExpertGroup ? experts - first : kExpertGroup;
-    for (int k = thread_index(); k < kRows * kExpertGroup; k += kThreads) {
-      const int row = k / kExpertGroup, e = k % kExpertGroup;
-      if (e >= group) continue;
+    const int group = experts - first <= 8 ? 8 : kExpertGroup;
+#pragma unroll 1
+    for (int k = thread_index(); k < kRows * group; k += kThreads) {
+      const int row = group == 8 ? k / 8 : k / kExpertGroup, e = k % group;
+      if (first + e >= experts) continue;
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += partials[(w * kRows + row) * kPartialStride + e];
@@ -146,39 +150,34 @@ STEER_DEVICE void mix(const float* table, int stride, int rows, const P* paramet
   for (int step = warp; step * kMixStep < width; step += kWarps) {
     const int column = step * kMixStep + 8 * chunk;
     float sums[8][4];
+    // Eight experts' share; the first ones' is not added to anything.
+    const auto eight = [&](int first, auto add) {
+      const int e = first + 2 * q;
+      std::uint32_t a[2][kA];
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
-#pragma unroll
-      for (int c = 0; c < 4; ++c) sums[j][c] = 0.0f;
-
-    for (int first = 0; first < experts; first += 16) {
-#pragma unroll
-      for (int high = 0; high < 2; ++high) {  // experts first .. first + 7, then the next eight
-        const int e = first + 8 * high + 2 * q;
-        if (first + 8 * high >= experts) break;
-        std::uint32_t a[2][kA];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float* c = table + (i + 8 * half) * stride + e;
-          split_pair(c[0], c[1], a[half]);
-        }
-        std::uint32_t b[kB][8];
-        const P* row = parameter + static_cast<std::int64_t>(e) * width + column;
-        across<kB>(e < experts && column < width ? read_only_chunk(row) : zero_chunk<P>(),
-                   e + 1 < experts && column < width ? read_only_chunk(row + width) : zero_chunk<P>(), b);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-          for (int order = kA + kB - 2; order >= 0; --order)
-#pragma unroll
-            for (int p = 0; p < kA; ++p)
-              if (order - p >= 0 && order - p < kB && kept<kA, kB>(p, order - p)) mma_k8(sum, a[0][p], a[1][p], b[order - p][j]);
-#pragma unroll
-          for (int c = 0; c < 4; ++c) sums[j][c] += sum[c];
-        }
+      for (int half = 0; half < 2; ++half) {
+        const float* c = table + (i + 8 * half) * stride + e;
+        split_pair(c[0], c[1], a[half]);
       }
-    }
+      std::uint32_t b[kB][8];
+      const P* row = parameter + static_cast<std::int64_t>(e) * width + column;
+      across<kB>(e < experts && column < width ? read_only_chunk(row) : zero_chunk<P>(),
+                 e + 1 < experts && column < width ? read_only_chunk(row + width) : zero_chunk<P>(), b);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int order = kA + kB - 2; order >= 0; --order)
+#pragma unroll
+          for (int p = 0; p < kA; ++p)
+            if (order - p >= 0 && order - p < kB && kept<kA, kB>(p, order - p)) mma_k8(sum, a[0][p], a[1][p], b[order - p][j]);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sums[j][c] = add ? sums[j][c] + sum[c] : sum[c];
+      }
+    };
+    eight(0, std::false_type());
+#pragma unroll 1
+    for (int first = 8; first < experts; first += 8) eight(first, std::true_type());
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const int row = i + 8 * (c / 2), at = step * kMixStep + 8 * (q + 4 * (c % 2));
@@ -202,29 +201,57 @@ STEER_DEVICE void outer_factor(const float* table, int stride, int expert, std::
   }
 }
 
+// `rest`, where it exists, holds second parts of numbers whose first are in `h`.
 template <int A, int B, typename T>
-STEER_DEVICE void outer(Tile<T> h, int rows, int column, int width, const std::uint32_t (&b)[2][B], float (&sums)[4][4]) {
+STEER_DEVICE void outer(Tile<T> h, Tile<T> rest, int rows, int column, int width, const std::uint32_t (&b)[2][B], float (&sums)[4][4]) {
   const int i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
   const int mine = column + 8 * i;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  const auto pairs = [&](const Tile<T>& tile, int half, std::uint32_t (&a)[A][8]) {
     const int row = q + 8 * half;
-    if (8 * half >= rows) break;
-    std::uint32_t a[A][8];
-    across<A>(row < rows && mine < width ? read_shared_chunk(h.at(row, mine)) : zero_chunk<T>(),
-              row + 4 < rows && mine < width ? read_shared_chunk(h.at(row + 4, mine)) : zero_chunk<T>(), a);
+    across<A>(row < rows && mine < width ? read_shared_chunk(tile.at(row, mine)) : zero_chunk<T>(),
+              row + 4 < rows && mine < width ? read_shared_chunk(tile.at(row + 4, mine)) : zero_chunk<T>(), a);
+  };
+  // One product takes all sixteen frames of numbers that are one part; of others, whose parts take the registers, eight at a time.
+  if constexpr (A == 1) {
+    float fresh[4][4] = {};
+    const auto add = [&](const Tile<T>& tile) {
+      std::uint32_t a[2][1][8];
+      pairs(tile, 0, a[0]), pairs(tile, 1, a[1]);
 #pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int t = 0; t < 4; ++t)
 #pragma unroll
-      for (int order = A + B - 2; order >= 0; --order)
+        for (int r = B - 1; r >= 0; --r)
+          mma<BFloat16>(fresh[t], a[0][0][2 * t], a[0][0][2 * t + 1], a[1][0][2 * t], a[1][0][2 * t + 1], b[0][r], b[1][r]);
+    };
+    if (rest.exists) add(rest);
+    add(h);
 #pragma unroll
-        for (int p = 0; p < A; ++p)
-          if (order - p >= 0 && order - p < B && kept<A, B>(p, order - p)) mma_k8(sum, a[p][2 * t], a[p][2 * t + 1], b[half][order - p]);
+    for (int t = 0; t < 4; ++t)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) sums[t][c] += sum[c];
+      for (int c = 0; c < 4; ++c) sums[t][c] += fresh[t][c];
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (8 * half >= rows) break;
+      std::uint32_t a[A][8];
+      pairs(h, half, a);
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int order = A + B - 2; order >= 0; --order)
+#pragma unroll
+          for (int p = 0; p < A; ++p)
+            if (order - p >= 0 && order - p < B && kept<A, B>(p, order - p)) mma_k8(sum, a[p][2 * t], a[p][2 * t + 1], b[half][order - p]);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sums[t][c] += sum[c];
+      }
     }
   }
+}
+template <int A, int B, typename T>
+STEER_DEVICE void outer(Tile<T> h, int rows, int column, int width, const std::uint32_t (&b)[2][B], float (&sums)[4][4]) {
+  outer<A, B>(h, Tile<T>{h.data, h.stride, false}, rows, column, width, b, sums);
 }
 
 }  // namespace steer::cuda

@@ -26,6 +26,11 @@ struct Span {
 };
 
 STEER_DEVICE Span span_of(const Plan& plan, std::int64_t tile) {
+  if (plan.clips == 1 && plan.window == 1) {  // as always without a pool: nothing to divide
+    const std::int64_t start = tile * plan.frames, left = plan.clip_frames - start;
+    const int frames = static_cast<int>(left < plan.frames ? left : plan.frames);
+    return {start, start, frames, frames};
+  }
   const std::int64_t clip = tile / plan.clip_tiles, start = tile % plan.clip_tiles * plan.frames;
   const std::int64_t left = plan.clip_frames - start;
   const int frames = static_cast<int>(left < plan.frames ? left : plan.frames);
@@ -121,9 +126,12 @@ STEER_DEVICE void copy_rows(Tile<S> tile, const S* source, int rows, int spacing
   constexpr int kEach = 16 / sizeof(S);
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
   for (int row = warp; row < rows; row += kWarps) {
-    S* to = tile.at(row * spacing, 0);
-    const S* from = source + static_cast<std::int64_t>(row) * width;
-    for (int column = kEach * lane; column < width; column += kEach * kWarpSize) copy_async(to + column, from + column);
+    S* to = tile.at(row * spacing, kEach * lane);
+    const S* from = source + static_cast<std::int64_t>(row) * width + kEach * lane;
+    for (int left = width - kEach * lane; left > 0; left -= kEach * kWarpSize) {
+      copy_async(to, from);
+      to += kEach * kWarpSize, from += kEach * kWarpSize;
+    }
   }
 }
 
