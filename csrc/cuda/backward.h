@@ -214,20 +214,22 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
       sync_block();
     }
     if (call.du != nullptr)
-      mix<kFine>(dz, shared.table, span.frames, W, experts, width, [&](int row, int column, const float (&dzW)[8]) {
-        float du[8];
-        const Chunk<G> chunk = read_shared_chunk(d.at(row, column));
+      mix<kFine>(
+          dz, shared.table, span.frames, W, experts, width,
+          [&](int column, float (&sums)[8][4]) {
+            if constexpr (!kFine) {
+              if (d_rest.exists) add_exactly(d_rest, span.frames, column, width, sums);
+              add_exactly(d, span.frames, column, width, sums);
+            }
+          },
+          [&](int row, int column, float (&du)[8]) {
+            if constexpr (kFine) {
+              const Chunk<G> chunk = read_shared_chunk(d.at(row, column));
 #pragma unroll
-        for (int c = 0; c < 8; ++c) du[c] = chunk.value(c);
-        if (d_rest.exists) {
-          const Chunk<G> rest = read_shared_chunk(d_rest.at(row, column));
-#pragma unroll
-          for (int c = 0; c < 8; ++c) du[c] += rest.value(c);
-        }
-#pragma unroll
-        for (int c = 0; c < 8; ++c) du[c] += dzW[c];
-        write_chunk(static_cast<S*>(call.du) + (span.first + row) * width + column, narrow_chunk<S>(du));
-      });
+              for (int c = 0; c < 8; ++c) du[c] += chunk.value(c);
+            }
+            write_chunk(static_cast<S*>(call.du) + (span.first + row) * width + column, narrow_chunk<S>(du));
+          });
 
     if constexpr (Steps > 0) {
       std::uint32_t factor[2][kFactorParts];

@@ -135,7 +135,7 @@ STEER_DEVICE void norm_frame(const Forward& call, const S* y, const float* gamma
 template <typename S, typename P>
 STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forward call, const Plan plan) {
   using M = std::conditional_t<std::is_same_v<S, Half> && std::is_same_v<P, Half>, Half, BFloat16>;
-  constexpr bool kFine = std::is_same_v<S, float>;
+  constexpr bool kFine = std::is_same_v<S, float>, kExactly = std::is_same_v<S, BFloat16>;
   const Problem& problem = call.problem;
   const int width = static_cast<int>(problem.width), experts = static_cast<int>(problem.experts);
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
@@ -192,7 +192,7 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forwa
       for (int from = warp * (kWarpSize / group); from < span.frames; from += kThreads / group) {
         const int row = from + lane / group;
         const std::int64_t at = (span.first + row) * experts;
-        route_group(problem, group, row < span.frames, bias, z + row * shared.z_stride, g + row * shared.g_stride,
+        route_group(problem, group, row < span.frames, bias, s, z + row * shared.z_stride, g + row * shared.g_stride,
                     static_cast<float*>(call.gates) + at, call.probs == nullptr ? nullptr : static_cast<float*>(call.probs) + at);
       }
     } else {
@@ -203,33 +203,42 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forwa
           sync_warp();
         }
         const std::int64_t at = (span.first + row) * experts;
-        route(problem, logits, g + row * shared.g_stride, static_cast<float*>(call.gates) + at,
+        route(problem, s, logits, g + row * shared.g_stride, static_cast<float*>(call.gates) + at,
               call.probs == nullptr ? nullptr : static_cast<float*>(call.probs) + at);
       }
     }
     sync_block();
 
-    const auto steered = [&](int row, int column, const float (&gV)[8]) {
-      const Chunk<S> u = read_shared_chunk(x.at(row, column));
-      float y[8];
-#pragma unroll
-      for (int c = 0; c < 8; ++c) y[c] = u.value(c);
-      if (has_residual) {
-        const Chunk<S> residual = read_shared_chunk(r.at(row, column));
-#pragma unroll
-        for (int c = 0; c < 8; ++c) y[c] += residual.value(c);
+    // The table has s g: what is mixed has only to be added to u.
+    const auto onto = [&](int column, float (&sums)[8][4]) {
+      if constexpr (kExactly) {
+        if (has_residual) add_exactly(r, span.frames, column, width, sums);
+        add_exactly(x, span.frames, column, width, sums);
       }
+    };
+    const auto steered = [&](int row, int column, float (&y)[8]) {
+      if constexpr (!kExactly) {
+        const Chunk<S> mine = read_shared_chunk(x.at(row, column));
+        float u[8];
 #pragma unroll
-      for (int c = 0; c < 8; ++c) y[c] = multiply_add(s, gV[c], y[c]);
+        for (int c = 0; c < 8; ++c) u[c] = mine.value(c);
+        if (has_residual) {
+          const Chunk<S> residual = read_shared_chunk(r.at(row, column));
+#pragma unroll
+          for (int c = 0; c < 8; ++c) u[c] += residual.value(c);
+        }
+#pragma unroll
+        for (int c = 0; c < 8; ++c) y[c] += u[c];
+      }
       return narrow_chunk<S>(y);
     };
     // Where a norm follows, y takes x's place in the tile, rounded: the norm reads it as it is stored, for the backward has nothing else.
     if (norms)
-      mix<kFine>(g, shared.g_stride, span.frames, V, experts, width,
-                 [&](int row, int column, const float (&gV)[8]) { write_chunk(x.at(row, column), steered(row, column, gV)); });
+      mix<kFine>(g, shared.g_stride, span.frames, V, experts, width, onto,
+                 [&](int row, int column, float (&y)[8]) { write_chunk(x.at(row, column), steered(row, column, y)); });
     else
-      mix<kFine>(g, shared.g_stride, span.frames, V, experts, width, [&](int row, int column, const float (&gV)[8]) {
-        write_chunk(static_cast<S*>(call.y) + (span.first + row) * width + column, steered(row, column, gV));
+      mix<kFine>(g, shared.g_stride, span.frames, V, experts, width, onto, [&](int row, int column, float (&y)[8]) {
+        write_chunk(static_cast<S*>(call.y) + (span.first + row) * width + column, steered(row, column, y));
       });
     if (norms) sync_block();
 

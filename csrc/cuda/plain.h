@@ -75,7 +75,7 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_plain_kernel(const
       }
       sync_block();
       if (warp == 0)
-        route(problem, z, g, static_cast<float*>(call.gates) + frame * experts,
+        route(problem, 1.0f, z, g, static_cast<float*>(call.gates) + frame * experts,
               call.probs == nullptr ? nullptr : static_cast<float*>(call.probs) + frame * experts);
       sync_block();
       for (int d = thread_index(); d < width; d += kThreads) {

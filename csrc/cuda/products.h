@@ -60,7 +60,7 @@ STEER_DEVICE void dots(Tile<S> first_tile, Tile<S> second_tile, int rows, const 
   constexpr int kA = kAsStored ? 2 : kParts<float, true>;
   const int warp = thread_index() / kWarpSize, i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
   const bool second = second_tile.exists;
-  // Frames and columns beyond the last are read as the last: nobody reads those sums, and those columns meet zeros.
+  // Frames and experts beyond the last are read as the last, for nobody reads their sums; and columns, whose numbers of P are zero.
   const int low = i < rows ? i : rows - 1, high = i + 8 < rows ? i + 8 : rows - 1;
 #pragma unroll
   for (int j = 0; j < 4; ++j)
@@ -88,10 +88,9 @@ STEER_DEVICE void dots(Tile<S> first_tile, Tile<S> second_tile, int rows, const 
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (first + 8 * j >= experts) break;
-      const int e = first + 8 * j + i;
-      const bool there = e < experts && wanted < width;
+      const int e = first + 8 * j + i < experts ? first + 8 * j + i : experts - 1;
       std::uint32_t b[kB][4];
-      neighbours<kB>(there ? read_only_chunk(parameter + static_cast<std::int64_t>(e) * width + column) : zero_chunk<P>(), b);
+      neighbours<kB>(wanted < width ? read_only_chunk(parameter + (e * width + column)) : zero_chunk<P>(), b);
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
       for (int order = kA + kB - 2; order >= 0; --order)
@@ -100,7 +99,6 @@ STEER_DEVICE void dots(Tile<S> first_tile, Tile<S> second_tile, int rows, const 
           const int r = kAsStored ? (p == 0 ? order : order - 1) : order - p;
           // As stored, p counts tiles, which are of one size: the second goes with every part, too.
           if (r < 0 || r >= kB || (!kAsStored && !kept<kA, kB>(p, r))) continue;
-          if (kAsStored && p == 1 && !second) continue;
           mma<M>(sum, a[0][p][0], a[1][p][0], a[0][p][1], a[1][p][1], b[r][0], b[r][1]);
           mma<M>(sum, a[0][p][2], a[1][p][2], a[0][p][3], a[1][p][3], b[r][2], b[r][3]);
         }
@@ -141,14 +139,33 @@ STEER_DEVICE void block_dots(Tile<S> first_tile, Tile<S> second_tile, int rows, 
   }
 }
 
+// sums [8][4] += h over one step of the width, as `mix` holds it: the product with the unit matrix, which costs less than taking numbers
+// apart and adding them. Frames and columns beyond the last are read as the last.
+STEER_DEVICE void add_exactly(Tile<BFloat16> h, int rows, int column, int width, float (&sums)[8][4]) {
+  const int i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
+  const std::uint32_t unit = i == 2 * q ? 0x3f80u : i == 2 * q + 1 ? 0x3f800000u : 0u;  // one, as bfloat16
+  const int one = column + 8 * q < width ? column + 8 * q : width - 8,
+            other = column + 8 * q + 32 < width ? column + 8 * q + 32 : width - 8;
+  std::uint32_t a[2][1][8];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = i + 8 * half < rows ? i + 8 * half : rows - 1;
+    across<1>(read_shared_chunk(h.at(row, one)), read_shared_chunk(h.at(row, other)), a[half]);
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) mma_k8(sums[j], a[0][0][j], a[1][0][j], unit);
+}
+
 // out = c P, eight columns of a frame at a time to `emit(row, column, values)`, for this warp's steps. `fine`: to float32's precision.
-template <bool fine, typename P, typename Emit>
-STEER_DEVICE void mix(const float* table, int stride, int rows, const P* parameter, int experts, int width, Emit emit) {
+// `onto(column, sums)` may add to a step's sums before.
+template <bool fine, typename P, typename Onto, typename Emit>
+STEER_DEVICE void mix(const float* table, int stride, int rows, const P* parameter, int experts, int width, Onto onto, Emit emit) {
   constexpr int kA = fine ? 3 : 2, kB = kParts<P, fine>;
   const int warp = thread_index() / kWarpSize, i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
   const int chunk = i / 2 + 4 * (i % 2);  // output columns 2q and 2q + 1 of a product are then chunks q and q + 4
   for (int step = warp; step * kMixStep < width; step += kWarps) {
-    const int column = step * kMixStep + 8 * chunk;
+    // Columns beyond the last are read as the last: nobody takes them.
+    const int wanted = step * kMixStep + 8 * chunk, column = wanted < width ? wanted : width - 8;
     float sums[8][4];
     // Eight experts' share; the first ones' is not added to anything.
     const auto eight = [&](int first, auto add) {
@@ -160,9 +177,9 @@ STEER_DEVICE void mix(const float* table, int stride, int rows, const P* paramet
         split_pair(c[0], c[1], a[half]);
       }
       std::uint32_t b[kB][8];
+
       const P* row = parameter + static_cast<std::int64_t>(e) * width + column;
-      across<kB>(e < experts && column < width ? read_only_chunk(row) : zero_chunk<P>(),
-                 e + 1 < experts && column < width ? read_only_chunk(row + width) : zero_chunk<P>(), b);
+      across<kB>(e < experts ? read_only_chunk(row) : zero_chunk<P>(), e + 1 < experts ? read_only_chunk(row + width) : zero_chunk<P>(), b);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -178,6 +195,7 @@ STEER_DEVICE void mix(const float* table, int stride, int rows, const P* paramet
     eight(0, std::false_type());
 #pragma unroll 1
     for (int first = 8; first < experts; first += 8) eight(first, std::true_type());
+    onto(step * kMixStep, sums);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const int row = i + 8 * (c / 2), at = step * kMixStep + 8 * (q + 4 * (c % 2));
@@ -205,11 +223,11 @@ STEER_DEVICE void outer_factor(const float* table, int stride, int expert, std::
 template <int A, int B, typename T>
 STEER_DEVICE void outer(Tile<T> h, Tile<T> rest, int rows, int column, int width, const std::uint32_t (&b)[2][B], float (&sums)[4][4]) {
   const int i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
-  const int mine = column + 8 * i;
+  // Frames and columns beyond the last are read as the last: those frames meet zeros in the table, and nobody takes those columns.
+  const int last = (width - 1) / 8 * 8, mine = column + 8 * i < last ? column + 8 * i : last;
   const auto pairs = [&](const Tile<T>& tile, int half, std::uint32_t (&a)[A][8]) {
-    const int row = q + 8 * half;
-    across<A>(row < rows && mine < width ? read_shared_chunk(tile.at(row, mine)) : zero_chunk<T>(),
-              row + 4 < rows && mine < width ? read_shared_chunk(tile.at(row + 4, mine)) : zero_chunk<T>(), a);
+    const int row = q + 8 * half, low = row < rows ? row : rows - 1, high = row + 4 < rows ? row + 4 : rows - 1;
+    across<A>(read_shared_chunk(tile.at(low, mine)), read_shared_chunk(tile.at(high, mine)), a);
   };
   // One product takes all sixteen frames of numbers that are one part; of others, whose parts take the registers, eight at a time.
   if constexpr (A == 1) {

@@ -42,9 +42,11 @@ STEER_DEVICE float sum_over_group(float value, int group) {
   return over_group(value, group, [](float a, float b) { return a + b; });
 }
 
-// g = route(z + b) of a group's frame, up to 32 experts. `z` (E) lies in shared memory, where `g` receives the gates; `gates` and, where
-// not null, `probs` in global memory. Lanes without a frame come along, and write nothing.
-STEER_DEVICE void route_group(const Problem& problem, int group, bool there, float bias, float* z, float* g, float* gates, float* probs) {
+// g = route(z + b) of a group's frame, up to 32 experts. `z` (E) lies in shared memory, where `g` receives s g, which is what gets mixed; g
+// itself goes to `gates` and the full softmax, where not null, to `probs`, in global memory. Lanes without a frame come along, and write
+// nothing.
+STEER_DEVICE void route_group(const Problem& problem, int group, bool there, float bias, float s, float* z, float* g, float* gates,
+                              float* probs) {
   const int e = thread_index() % group, experts = static_cast<int>(problem.experts), top_k = static_cast<int>(problem.top_k);
   constexpr float kLowest = -__builtin_huge_valf();
   const bool mine = there && e < experts;
@@ -70,14 +72,14 @@ STEER_DEVICE void route_group(const Problem& problem, int group, bool there, flo
   const float sum = sum_over_group(counted, group);
   if (!mine) return;
   const float p = power / sum, gate = selected ? p : 0.0f;
-  g[e] = gate;
+  g[e] = s * gate;
   gates[e] = gate;
   if (probs != nullptr) probs[e] = p;
 }
 
-// g = route(z). `z` (E) lies in shared memory; `g` receives the gates there; `gates` and, where not null, `probs` (the full softmax) in
-// global memory.
-STEER_DEVICE void route(const Problem& problem, const float* z, float* g, float* gates, float* probs) {
+// g = route(z). `z` (E) lies in shared memory, where `g` receives s g; g itself goes to `gates` and the full softmax, where not null, to
+// `probs`, in global memory.
+STEER_DEVICE void route(const Problem& problem, float s, const float* z, float* g, float* gates, float* probs) {
   const int lane = thread_index() % kWarpSize, experts = static_cast<int>(problem.experts), top_k = static_cast<int>(problem.top_k);
   constexpr float kLowest = -__builtin_huge_valf();
   float powers[kPerLane];
@@ -135,7 +137,7 @@ STEER_DEVICE void route(const Problem& problem, const float* z, float* g, float*
     const int e = lane + j * kWarpSize;
     if (e < experts) {
       const float p = powers[j] / sum, gate = (selected >> j & 1u) ? p : 0.0f;
-      g[e] = gate;
+      g[e] = s * gate;
       gates[e] = gate;
       if (probs != nullptr) probs[e] = p;
     }
