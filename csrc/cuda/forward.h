@@ -12,9 +12,11 @@ namespace steer::cuda {
 
 constexpr int kRowChunks = 5;  // of eight columns, that a lane holds of a frame
 
-// Whether a warp can hold a frame of its own in registers while it is normed.
+// Whether a warp can hold a frame of its own in registers while it is normed. With more experts, gamma and beta beside their tables would
+// cost a multiprocessor of sm_90 its second block.
 STEER_BOTH bool norms_in_registers(const Problem& problem) {
-  return problem.norm != Norm::kNone && problem.pool == Pool::kNone && problem.width <= kRowChunks * 8 * kWarpSize;
+  return problem.norm != Norm::kNone && problem.pool == Pool::kNone && problem.width <= kRowChunks * 8 * kWarpSize &&
+         problem.experts <= kWarpSize;
 }
 
 // What a block keeps in shared memory, besides its tiles.
