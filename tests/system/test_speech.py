@@ -63,8 +63,8 @@ def test_phonemes_come_in_order_within_the_clip() -> None:
 def test_a_text_may_be_pronounced_otherwise() -> None:
     heard: list[str] = []
     voice = Voice("en-us", "m1")
-    plain = utter("the small cat. it sat", voice)
-    same = utter("the small cat. it sat", voice, lambda mnemonics: heard.append(mnemonics) or mnemonics)  # type: ignore[func-returns-value]
+    plain = utter("the small cat. It sat", voice)
+    same = utter("the small cat. It sat", voice, lambda mnemonics: heard.append(mnemonics) or mnemonics)  # type: ignore[func-returns-value]
     assert "k'at" in heard[0] and "s'at" in heard[0], "all clauses"
     other = [name.strip("',") for name, _ in utter("cat", voice, lambda mnemonics: mnemonics.replace("a", "E")).phonemes]
     assert other[:3] == ["k", "E", "t"]
