@@ -8,7 +8,9 @@
 #include <string>
 
 #include "cpu/cpu.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
+#include "direct.h"
 
 namespace py = pybind11;
 
@@ -18,6 +20,12 @@ using Address = std::uintptr_t;
 
 steer::Parameter parameter(std::pair<Address, int> tensor) {
   return {reinterpret_cast<const void*>(tensor.first), static_cast<steer::DType>(tensor.second)};
+}
+
+// PyTorch takes a stream's memory from the C library, fresh.
+void expect_stream(const steer::Problem& p, void* result, std::int64_t frames) {
+  constexpr std::int64_t kWidths[] = {4, 2, 2, 8};
+  steer::cpu::prefer_large_pages(result, frames * p.width * kWidths[static_cast<int>(p.stream)]);
 }
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
@@ -65,6 +73,8 @@ PYBIND11_MODULE(_cpu, module) {
         const Forward call{problem,         pointer(x),     pointer(residual), pointer(y),
                            pointer(normed), pointer(gates), pointer(probs),    pointer(stats)};
         py::gil_scoped_release release;
+        expect_stream(problem, call.y, problem.frames());
+        expect_stream(problem, call.normed, problem.batch * problem.pooled);
         kernels(level).forward(call, threads);
       },
       py::arg("problem"), py::arg("x"), py::arg("residual"), py::arg("y"), py::arg("normed"), py::arg("gates"), py::arg("probs"),
@@ -90,11 +100,14 @@ PYBIND11_MODULE(_cpu, module) {
                             pointer(results[5]),
                             pointer(results[6])};
         py::gil_scoped_release release;
+        expect_stream(problem, call.du, problem.frames());
         kernels(level).backward(call, threads);
       },
       py::arg("problem"), py::arg("dy"), py::arg("dnormed"), py::arg("dgates"), py::arg("y"), py::arg("gates"), py::arg("probs"),
       py::arg("stats"), py::arg("results"), py::arg("threads"), py::arg("level") = "");
 
+  steer::define_direct(module);
+  module.def("kept_bytes", &steer::cpu::kept_bytes, "Memory of results that are gone, kept for the next ones.");
   module.def("simd_level", [] { return kernels("").name; }, "The instruction set chosen for this processor.");
   module.def("has_level", [](const std::string& level) { return steer::cpu::find_kernels(level.c_str()) != nullptr; }, py::arg("level"));
   module.def("build_info", &build_info, "How the module was compiled, and the OpenMP runtime it shares.");

@@ -11,11 +11,11 @@ from torch import Tensor
 from .backends import Options
 from .reference import compute_dtype
 
-__all__ = ["DTYPES", "address", "backward_results", "forward_results", "problem"]
+__all__ = ["DTYPES", "NORMS", "POOLS", "address", "backward_results", "forward_results", "problem"]
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-_NORMS = {"": 0, "layer": 1, "rms": 2}
-_POOLS = {"": 0, "max": 1, "mean": 2}
+NORMS = {"": 0, "layer": 1, "rms": 2}
+POOLS = {"": 0, "max": 1, "mean": 2}
 
 
 def address(tensor: Tensor | None) -> int:
@@ -40,8 +40,8 @@ def problem(
     return module.Problem(  # by position: names would double the time of the call
         (batch, time, -(-time // pool_size), width, options.num_experts, options.top_k, pool_size),
         options.renormalize,
-        _NORMS[options.norm],
-        _POOLS[options.pool],
+        NORMS[options.norm],
+        POOLS[options.pool],
         options.eps,
         DTYPES[stream.dtype],
         _operand(weight),

@@ -105,6 +105,11 @@ def _run(
     renormalize: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    directly = ops.steer_directly(
+        x, residual, weight, bias, vectors, scale, norm_weight, norm_bias, norm, eps, rms, pool, pool_size, top_k, renormalize, backend
+    )
+    if directly is not None:
+        return directly  # type: ignore[return-value]
     pool_size = check_pool(pool, pool_size)
     eps = check_norm(eps, rms)
     check_renormalize(renormalize)

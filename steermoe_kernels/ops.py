@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import Options, select_backend
-from .checks import check_projection, check_tensors
+from .backends import Options, automatic_backend, get_backend, select_backend
+from .checks import check_norm, check_pool, check_projection, check_tensors, check_top_k
 from .choice import Shape
 from .reference import compute_dtype
 
-__all__ = ["project", "steer"]
+__all__ = ["project", "steer", "steer_directly"]
 
 _lib = torch.library.Library("steermoe", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -115,12 +115,13 @@ def _steer(
     return tuple(t.contiguous() for t in module.steer_forward(*_contiguous(*tensors), options))  # type: ignore[return-value]
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor | None, ...]) -> None:
     _, _, weight, _, vectors, scale, norm_weight, _, *settings = inputs
     y, _, gates, probs, stats = output
     ctx.save_for_backward(y, gates, probs, stats, weight, vectors, scale, norm_weight)
     ctx.settings = settings
-    ctx.mark_non_differentiable(probs, stats)
+    ctx.direct = None
+    ctx.mark_non_differentiable(*(tensor for tensor in (probs, stats) if tensor is not None))
     ctx.set_materialize_grads(False)
 
 
@@ -133,11 +134,18 @@ def _differentiate(ctx: Any, dy: Tensor | None, dnormed: Tensor | None, dgates: 
     nothing = (None,) * (8 + len(ctx.settings))
     if dy is None and dnormed is None and dgates is None:
         return nothing
-    arguments = (dy, dnormed, dgates, y, gates, probs, stats, weight, vectors, scale, norm_weight, *ctx.settings, needs)
-    if torch.is_grad_enabled() or _is_observed(arguments):  # with gradients of gradients, to refuse them
-        grads = torch.ops.steermoe.steer_backward(*arguments)
-    else:
-        grads = _needed_gradients(*arguments)
+    tensors = (dy, dnormed, dgates, y, gates, probs, stats, weight, vectors, scale, norm_weight)
+    grads = None
+    if ctx.direct is not None and not torch.is_grad_enabled() and not _is_watched():
+        grads = ctx.direct.backward(*tensors, needs)
+    if grads is None:
+        arguments = (*(_by_frames(tensors) if ctx.direct is not None else tensors), *ctx.settings, needs)
+        if torch.is_grad_enabled() or _is_observed(arguments):  # with gradients of gradients, to refuse them
+            grads = torch.ops.steermoe.steer_backward(*arguments)
+        else:
+            grads = _needed_gradients(*arguments)
+        if ctx.direct is not None:
+            grads = (None if grads[0] is None else grads[0].view(y.shape), *grads[1:])
     du, *dparameters = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return (du if need_x else None, du if need_residual else None, *dparameters, *nothing[8:])
 
@@ -146,15 +154,18 @@ torch.library.register_autograd("steermoe::steer", _differentiate, setup_context
 
 
 class _Steer(torch.autograd.Function):
-    """The operator's kernel and formulas, without its way through the dispatcher."""
+    """Results that have been computed, with the way back to what they were computed from: the operator's, without its dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _steer(*inputs)
-        _keep_for_backward(ctx, inputs, output)  # not as `setup_context`, for which torch inspects the signature at every call
-        return output
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        *tensors, settings, direct, results = inputs
+        _keep_for_backward(ctx, (*tensors, *settings), results)  # no `setup_context`, for which torch looks at signatures at every call
+        ctx.direct = direct
+        return results
 
-    backward = staticmethod(_differentiate)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        return (*_differentiate(ctx, *grads)[:8], None, None, None)  # type: ignore[arg-type]
 
 
 def steer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -166,17 +177,106 @@ def steer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _refuse_forward_mode(arguments)
     if _is_observed(arguments):
         return torch.ops.steermoe.steer.default(*arguments)
-    return _Steer.apply(*arguments) if torch.is_grad_enabled() else _steer(*arguments)
+    if not torch.is_grad_enabled():
+        return _steer(*arguments)
+    with torch.no_grad():
+        results = _steer(*arguments)
+    return _Steer.apply(*arguments[:8], arguments[8:], None, results)
 
 
-def _is_observed(arguments: tuple[Any, ...]) -> bool:
-    if (
+def steer_directly(
+    x: Any,
+    residual: Any,
+    weight: Any,
+    bias: Any,
+    vectors: Any,
+    scale: Any,
+    norm_weight: Any,
+    norm_bias: Any,
+    *settings: Any,
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """``y`` (..., D), ``normed`` and gates (..., E) by the backend's own direct way, where it has one and everything is as it likes it.
+
+    None asks for the long way, with its checks. Tensors as in `functional.steer_norm`, then norm, eps, rms, pool, pool_size, top_k,
+    renormalize and backend as the caller gave them.
+    """
+    if _is_watched() or not isinstance(x, Tensor) or not x.is_cpu or forward_ad._current_level >= 0:
+        return None
+    try:
+        way = _direct_way(x.dtype, *settings)
+    except TypeError:  # something that cannot be looked up, and is no setting: the checks have the words
+        return None
+    if way is None:
+        return None
+    direct, norm, eps, pool, pool_size, top_k, renormalize, backend = way
+    tensors = (x, residual, weight, bias, vectors, scale, norm_weight, norm_bias)
+    results = direct.forward(*tensors)
+    if results is None:
+        return None
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                options = (norm, eps, pool, pool_size, top_k or weight.shape[0], renormalize, backend)
+                return _Steer.apply(*tensors, options, direct, results)[:3]
+    return results[:3]
+
+
+@lru_cache(maxsize=256, typed=True)  # typed: 1 is no True, and not every number is a good one
+def _direct_way(
+    dtype: torch.dtype,
+    norm: str,
+    eps: float,
+    rms: bool,
+    pool: str | None,
+    pool_size: int,
+    top_k: int | None,
+    renormalize: bool,
+    backend: str,
+) -> tuple[Any, ...] | None:
+    """A CPU backend's direct way, and the operator's settings; None where there is none, or a setting is not what it should be."""
+    device = torch.device("cpu")
+    kinds = (type(eps), type(rms), type(pool_size), type(renormalize), type(backend))
+    if kinds != (float, bool, int, bool, str) or type(top_k) not in (int, type(None)):
+        return None
+    try:
+        check_pool(pool, pool_size)
+        check_norm(eps, rms)
+        check_top_k(top_k, top_k or 1)
+        module = automatic_backend(device, dtype) if backend == "auto" else get_backend(backend)
+    except (ValueError, TypeError, RuntimeError):
+        return None
+    if (make := getattr(module, "direct", None)) is None or module.rejects(device, dtype) is not None:
+        return None
+    norm = "rms" if rms and norm else norm
+    direct = make(Options(norm, eps, pool or "", pool_size, top_k or 0, renormalize), backend == "auto")
+    return None if direct is None else (direct, norm, eps, pool or "", pool_size, top_k, renormalize, backend)
+
+
+def _by_frames(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """What the backward takes, (..., D) as a direct way has it, with frames as the operator has them: (B, T, D), absent ones of size 0."""
+    dy, dnormed, dgates, y, gates, probs, stats, *parameters = tensors
+
+    def frames(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or tensor.dim() == 3 else tensor.reshape(1, -1, tensor.shape[-1])
+
+    nothing = gates.new_empty(0)  # type: ignore[union-attr]
+    streams = (frames(dy), frames(dnormed), frames(dgates), frames(y), frames(gates))
+    return (*streams, nothing if probs is None else frames(probs), nothing if stats is None else stats, *parameters)
+
+
+def _is_watched() -> bool:
+    """Whether somebody wants to see operators go by."""
+    return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-    ):
+    )
+
+
+def _is_observed(arguments: tuple[Any, ...]) -> bool:
+    if _is_watched():
         return True
     for argument in arguments:  # noqa: SIM110 (a generator would take as long as the rest of this function)
         if isinstance(argument, Tensor) and not _is_plain(argument):

@@ -20,7 +20,6 @@
 #include <vector>
 
 #include "operands.h"
-#include "pages.h"
 #include "parallel.h"
 #include "routing.h"
 
@@ -334,7 +333,6 @@ template <typename C, typename S>
 void backward(const Backward& call, int threads) {
   using Pass = BackwardPass<C, S>;
   const Problem& p = call.problem;
-  prefer_large_pages(call.du, p.frames() * p.width * static_cast<std::int64_t>(sizeof(S)));
   const Operands<C> operands(p);
   const int shards = backward_shards(p);
   std::vector<std::unique_ptr<Partial<C>>> partials(shards);

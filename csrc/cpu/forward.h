@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "operands.h"
-#include "pages.h"
 #include "parallel.h"
 #include "routing.h"
 
@@ -180,8 +179,6 @@ class ForwardPass {
 template <typename C, typename S>
 void forward(const Forward& call, int threads) {
   const Problem& p = call.problem;
-  prefer_large_pages(call.y, p.frames() * p.width * static_cast<std::int64_t>(sizeof(S)));
-  prefer_large_pages(call.normed, p.batch * p.pooled * p.width * static_cast<std::int64_t>(sizeof(S)));
   const Operands<C> operands(p);
   Blocked<C, BFloat16> bfloat16_W;
 #if defined(__AVX512BF16__)

@@ -22,6 +22,13 @@ be missing: ``unavailable`` is the place to look for it. It defines
     ``dy`` and ``dnormed`` have the stream's dtype, ``dgates`` the accumulation dtype. ``needs`` lists seven booleans in the order of the
     results; a gradient that is not needed may be None, or there all the same. ``du`` has the stream's dtype, the others the accumulation
     dtype.
+``direct(options, automatic) -> object | None``
+    Optional, for a backend on the CPU: a way around the operator, for eager calls that nobody watches. ``options.top_k`` is 0 for dense
+    routing, ``num_experts`` not set; ``automatic`` tells that STEERMOE_BACKEND may name another backend. The object has ``forward(x,
+    residual, weight, bias, vectors, scale, norm_weight, norm_bias)``, with results like `steer_forward`'s but of shape (..., D) and (...,
+    E) for ``x`` (..., D), and None instead of those of size 0; and ``backward`` from ``dy`` to ``norm_weight``, and ``needs``, as in
+    `steer_backward`. Their arguments are whatever the caller gave, not checked by anybody: where they are not as they should be, or not
+    worth it, the answer is None, and the call goes its usual way.
 
 Results are tensors of their own: none shares memory with another or with an argument, not even two of size 0. Accumulate in the
 accumulation dtype, with autocast off (it reaches into backends that call torch). The tests hold every result to twice the error of the same
@@ -43,7 +50,7 @@ import torch
 
 from .. import choice
 
-__all__ = ["Options", "available_backends", "backend_states", "get_backend", "select_backend"]
+__all__ = ["Options", "automatic_backend", "available_backends", "backend_states", "get_backend", "select_backend"]
 
 
 @dataclass(frozen=True)
@@ -131,11 +138,13 @@ def select_backend(name: str, device: torch.device, dtype: torch.dtype, shape: c
         if (reason := backend.rejects(device, dtype)) is not None:
             raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
         return backend
-    return _auto(device, dtype, None if shape is None else choice.fastest(device, dtype, shape))
+    return automatic_backend(device, dtype, None if shape is None else choice.fastest(device, dtype, shape))
 
 
 @cache
-def _auto(device: torch.device, dtype: torch.dtype, measured: str | None) -> ModuleType:
+def automatic_backend(device: torch.device, dtype: torch.dtype, measured: str | None = None) -> ModuleType:
+    """The backend for "auto" where the environment names none: ``measured``, if it runs here, else the highest priority that does."""
+
     def runs(name: str) -> bool:
         return _unavailable(name) is None and _load(name).rejects(device, dtype) is None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from . import Options
 
-AUTO_DEVICES: frozenset[str] = frozenset()  # the choice where nothing better is, see `_auto`
+AUTO_DEVICES: frozenset[str] = frozenset()  # the choice where nothing better is, see `automatic_backend`
 PRIORITY = 0
 
 

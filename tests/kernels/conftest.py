@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from problems import device_for
+
+from steermoe_kernels import backends, ops
+
+Hear = Callable[[str, tuple[Any, ...]], None]
 
 
 @pytest.fixture
 def device(backend: str) -> torch.device:
     """Where the tensors of a test of ``backend`` live."""
     return device_for(backend)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    """Who runs a pass is decided anew in every test: some tests change what the decision rests on."""
+    yield
+    backends.automatic_backend.cache_clear()
+    ops._direct_way.cache_clear()
+
+
+@pytest.fixture
+def listen(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Hear], None]:
+    """``listen(backend, hear)``: from now on ``hear("forward" or "backward", arguments)`` hears of every pass that the backend runs."""
+
+    def listen(backend: str, hear: Hear) -> None:
+        module = backends.get_backend(backend)
+
+        def listening(direction: str, run: Callable[..., Any]) -> Callable[..., Any]:
+            def heard(*arguments: Any) -> Any:
+                results = run(*arguments)
+                if results is not None:  # else the backend's direct way declines, and the pass comes again
+                    hear(direction, arguments)
+                return results
+
+            return heard
+
+        for direction in ("forward", "backward"):
+            name = f"steer_{direction}"
+            monkeypatch.setattr(module, name, listening(direction, getattr(module, name)))
+        if (direct := getattr(module, "direct", None)) is not None:
+
+            def listened(*settings: Any) -> Any:
+                way = direct(*settings)
+                return way and SimpleNamespace(**{name: listening(name, getattr(way, name)) for name in ("forward", "backward")})
+
+            monkeypatch.setattr(module, "direct", listened)
+        ops._direct_way.cache_clear()
+
+    return listen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,30 +18,18 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tests of the choice start without STEERMOE_BACKEND and leave no choice remembered."""
+def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of the choice start without STEERMOE_BACKEND."""
     monkeypatch.delenv("STEERMOE_BACKEND", raising=False)
-    yield
-    backends._auto.cache_clear()
 
 
-def _spy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+@pytest.fixture
+def ran(listen: Callable[..., None]) -> list[str]:
     """A list that every backend adds its name and direction to when it runs."""
-    ran: list[str] = []
-
-    def record(name: str, function: str) -> None:
-        original = getattr(backends.get_backend(name), function)
-
-        def spying(*arguments: object) -> object:
-            ran.append(f"{name} {function.removeprefix('steer_')}")
-            return original(*arguments)
-
-        monkeypatch.setattr(backends.get_backend(name), function, spying)
-
+    heard: list[str] = []
     for name in available_backends():
-        for function in ("steer_forward", "steer_backward"):
-            record(name, function)
-    return ran
+        listen(name, lambda direction, arguments, name=name: heard.append(f"{name} {direction}"))
+    return heard
 
 
 def _run(backend: str = "auto", device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> None:
@@ -75,21 +63,18 @@ def test_a_state_is_none_or_a_sentence() -> None:
             assert str(caught.value) == f"backend {name!r} is unavailable: {reason}"
 
 
-def test_the_backend_asked_for_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = _spy(monkeypatch)
+def test_the_backend_asked_for_runs(backend: str, ran: list[str]) -> None:
     _run(backend, device_for(backend))
     assert ran == [f"{backend} forward", f"{backend} backward"]
 
 
-def test_the_environment_chooses_for_auto(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = _spy(monkeypatch)
+def test_the_environment_chooses_for_auto(backend: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEERMOE_BACKEND", backend)
     _run("auto", device_for(backend))
     assert ran == [f"{backend} forward", f"{backend} backward"]
 
 
-def test_the_module_runs_the_backend_it_was_given(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = _spy(monkeypatch)
+def test_the_module_runs_the_backend_it_was_given(backend: str, ran: list[str]) -> None:
     device = device_for(backend)
     aligner, h = FusedSteerMoE(6, 3, backend=backend, device=device), torch.ones(4, 6, device=device)
     aligner(h).sum().backward()
@@ -97,16 +82,14 @@ def test_the_module_runs_the_backend_it_was_given(backend: str, monkeypatch: pyt
     assert ran == [f"{backend} forward", f"{backend} backward", f"{backend} forward"]
 
 
-def test_the_environment_reaches_the_module(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = _spy(monkeypatch)
+def test_the_environment_reaches_the_module(backend: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     aligner = FusedSteerMoE(6, 3, device=device_for(backend))
     monkeypatch.setenv("STEERMOE_BACKEND", backend)
     aligner(torch.ones(4, 6, device=device_for(backend)))
     assert ran == [f"{backend} forward"]
 
 
-def test_an_argument_outranks_the_environment(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = _spy(monkeypatch)
+def test_an_argument_outranks_the_environment(backend: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEERMOE_BACKEND", "nonsense")
     _run(backend, device_for(backend))
     assert ran == [f"{backend} forward", f"{backend} backward"]
@@ -157,7 +140,7 @@ def test_auto_takes_the_highest_priority_that_can() -> None:
 def test_auto_falls_back_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in available_backends():
         monkeypatch.setattr(backends.get_backend(name), "AUTO_DEVICES", frozenset())
-    backends._auto.cache_clear()
+    backends.automatic_backend.cache_clear()
     assert backends.select_backend("auto", CPU, torch.float32) is backends.get_backend("reference")
 
 
@@ -166,13 +149,13 @@ def test_auto_says_once_that_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None
     if "cpu" not in available_backends():
         pytest.skip("the compiled module is not here")
     monkeypatch.setenv("STEERMOE_SIMD", "avx513")
-    backends._auto.cache_clear()
+    backends.automatic_backend.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"plain PyTorch steers here, slower than it could \(cpu: STEERMOE_SIMD=avx513 names no"):
         assert backends.select_backend("auto", CPU, torch.float32) is backends.get_backend("reference")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backends.select_backend("auto", CPU, torch.float32)
-    backends._auto.cache_clear()
+    backends.automatic_backend.cache_clear()
 
 
 def test_importing_does_nothing_to_the_machine() -> None:

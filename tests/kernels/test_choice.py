@@ -24,9 +24,9 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in backends._modules():
         monkeypatch.setattr(backends._load(name), "unavailable", lambda: None)
         monkeypatch.setattr(backends._load(name), "rejects", lambda device, dtype: None)
-    backends._auto.cache_clear()
+    backends.automatic_backend.cache_clear()
     yield
-    backends._auto.cache_clear()
+    backends.automatic_backend.cache_clear()
 
 
 def _chosen(dtype: torch.dtype = torch.bfloat16, device: torch.device = GPU, shape: choice.Shape = SHAPE) -> str:
@@ -49,7 +49,7 @@ def test_the_cuda_kernels_come_in_by_the_table_only(monkeypatch: pytest.MonkeyPa
 def test_a_measured_backend_is_taken_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     otherwise = _chosen(torch.float32)
     monkeypatch.setattr(choice, "FASTEST", (LINE,))
-    backends._auto.cache_clear()
+    backends.automatic_backend.cache_clear()
     assert _chosen() == "cuda"
     assert _chosen(torch.float32) == otherwise
     for size in ({"experts": 1}, {"frames": 100}, {"frames": 10**6}, {"width": 384}):

@@ -1,0 +1,30 @@
+// Memory for results, and large pages for that of others.
+//
+// Memory that is new to the process costs a fault for every page that is written first: for a stream that takes longer than to steer it.
+// The C library gives blocks of that size back to the system when they are freed, so each pass would pay anew. Here they are kept for the
+// next result of about the size.
+#pragma once
+
+#include <cstdint>
+
+namespace steer::cpu {
+
+struct Block {
+  void* data;
+  std::int64_t size;
+};
+
+// Room for `bytes` or somewhat more, aligned to a cache line, uninitialised. Throws std::bad_alloc.
+Block take_block(std::int64_t bytes);
+
+// Gives back a block that was taken. From any thread.
+void give_back(Block block) noexcept;
+
+// Bytes kept for later at the moment; their limit is STEERMOE_KEEP_MB megabytes (256), 0 keeps none.
+std::int64_t kept_bytes();
+
+// Asks the system to back `bytes` of somebody else's memory from `first` on with pages of 2 MB. Memory that is not worth it is left alone,
+// and a refusal changes nothing.
+void prefer_large_pages(void* first, std::int64_t bytes);
+
+}  // namespace steer::cpu
