@@ -15,19 +15,13 @@ namespace steer::cpu {
 
 namespace {
 
-constexpr std::int64_t kSmallestKept = 1 << 20;  // the C library keeps smaller blocks by itself
 constexpr std::int64_t kLargePage = 2 << 20;
+constexpr std::int64_t kSmallestKept = 32 << 20;  // of glibc, which never keeps more
 
 std::int64_t rounded(std::int64_t bytes, std::int64_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-// As long as a block for `bytes` is: whole large pages where there are several.
-std::int64_t block_size(std::int64_t bytes) {
-  if (bytes < kSmallestKept) return std::max<std::int64_t>(64, rounded(bytes, 64));
-  return rounded(bytes, bytes < 2 * kLargePage ? kSmallestKept / 4 : kLargePage);
-}
-
-Block new_block(std::int64_t size) {
-  const std::int64_t alignment = size < 2 * kLargePage ? 64 : kLargePage;
+Block new_block(std::int64_t bytes) {
+  const std::int64_t alignment = bytes < kSmallestKept ? 64 : kLargePage, size = std::max(alignment, rounded(bytes, alignment));
   void* data = std::aligned_alloc(static_cast<std::size_t>(alignment), static_cast<std::size_t>(size));
   if (data == nullptr) throw std::bad_alloc();
   prefer_large_pages(data, size);
@@ -49,12 +43,12 @@ struct Store {
   std::vector<Block> blocks;
   std::int64_t total = 0;
 
-  bool find(std::int64_t size, Block& found) {
+  bool find(std::int64_t bytes, Block& found) {
     const std::unique_lock<std::mutex> lock(guard, std::try_to_lock);
     if (!lock.owns_lock()) return false;
     // The latest is the likeliest to lie in a cache. Blocks much too large wait for results of their own size.
     for (auto kept = blocks.rbegin(); kept != blocks.rend(); ++kept)
-      if (kept->size >= size && kept->size <= size + size / 4) {
+      if (kept->size >= bytes && kept->size <= bytes + bytes / 4) {
         found = *kept;
         total -= kept->size;
         blocks.erase(std::next(kept).base());
@@ -83,9 +77,8 @@ Store& store() {
 }  // namespace
 
 Block take_block(std::int64_t bytes) {
-  const std::int64_t size = block_size(bytes);
   Block block;
-  return size >= kSmallestKept && store().find(size, block) ? block : new_block(size);
+  return bytes >= kSmallestKept && store().find(bytes, block) ? block : new_block(bytes);
 }
 
 void give_back(Block block) noexcept {

@@ -1,8 +1,8 @@
 // Memory for results, and large pages for that of others.
 //
 // Memory that is new to the process costs a fault for every page that is written first: for a stream that takes longer than to steer it.
-// The C library gives blocks of that size back to the system when they are freed, so each pass would pay anew. Here they are kept for the
-// next result of about the size.
+// The C library keeps what is freed, and hands it out again while it still lies in a cache: nothing is better, up to the size from which on
+// it gives blocks back to the system at once. Of those, some are kept here for the next result of about the size.
 #pragma once
 
 #include <cstdint>
