@@ -8,9 +8,9 @@
 #include <string>
 
 #include "cpu/cpu.h"
+#include "cpu/direct.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
-#include "direct.h"
 
 namespace py = pybind11;
 
@@ -106,7 +106,7 @@ PYBIND11_MODULE(_cpu, module) {
       py::arg("problem"), py::arg("dy"), py::arg("dnormed"), py::arg("dgates"), py::arg("y"), py::arg("gates"), py::arg("probs"),
       py::arg("stats"), py::arg("results"), py::arg("threads"), py::arg("level") = "");
 
-  steer::define_direct(module);
+  steer::cpu::define_direct(module);
   module.def("kept_bytes", &steer::cpu::kept_bytes, "Memory of results that are gone, kept for the next ones.");
   module.def("simd_level", [] { return kernels("").name; }, "The instruction set chosen for this processor.");
   module.def("has_level", [](const std::string& level) { return steer::cpu::find_kernels(level.c_str()) != nullptr; }, py::arg("level"));

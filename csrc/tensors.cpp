@@ -1,11 +1,7 @@
 #include "tensors.h"
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
-#include <vector>
-
-#include "cpu/memory.h"
 
 namespace py = pybind11;
 
@@ -16,15 +12,10 @@ namespace {
 // --- the standard's structs -------------------------------------------------------------------------------------------------------------
 
 constexpr std::uint32_t kMajor = 1;
-constexpr std::int32_t kCpu = 1;
-constexpr std::uint8_t kFloat = 2, kBfloat = 4;
+constexpr std::uint8_t kUnsigned = 1, kFloat = 2, kBfloat = 4;
 
 struct Version {
   std::uint32_t major, minor;
-};
-
-struct Device {
-  std::int32_t type, id;
 };
 
 struct ElementType {
@@ -53,7 +44,7 @@ struct ManagedTensor {
 struct Exchange {
   Version version;
   const void* older;
-  int (*allocate)(Tensor*, ManagedTensor**, void*, void (*)(void*, const char*, const char*));
+  int (*allocate)(Tensor*, ManagedTensor**, void* context, void (*fail)(void* context, const char* kind, const char* message));
   int (*managed_from_object)(void*, ManagedTensor**);
   int (*managed_to_object)(ManagedTensor*, void**);
   int (*from_object)(void*, Tensor*);
@@ -96,13 +87,34 @@ bool is_contiguous(const Tensor& tensor) {
 // A tensor of ours, with its memory.
 struct Owner {
   ManagedTensor managed;
-  cpu::Block block;
-  std::vector<std::int64_t> shape, strides;
+  std::int64_t size;
+  void (*free)(void*, std::int64_t);
+  Shape shape, strides;
 };
 
 void bury(ManagedTensor* managed) {
   const std::unique_ptr<Owner> owner(static_cast<Owner*>(managed->context));
-  cpu::give_back(owner->block);
+  owner->free(managed->tensor.data, owner->size);
+}
+
+// The Python object of a tensor, which is handed over whatever happens; none where torch refuses, with nothing raised.
+py::object to_object(ManagedTensor* managed) {
+  void* object = nullptr;
+  if (exchange->managed_to_object(managed, &object) == 0) return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+  PyErr_Clear();
+  return py::none();
+}
+
+py::object allocate(ElementType element, const Shape& shape, Device device, void*& data) {
+  Shape sizes = shape;
+  Tensor prototype{nullptr, device, static_cast<std::int32_t>(sizes.size()), element, sizes.data(), nullptr, 0};
+  ManagedTensor* managed = nullptr;
+  if (exchange->allocate(&prototype, &managed, nullptr, [](void*, const char*, const char*) {}) != 0) {
+    PyErr_Clear();
+    return py::none();
+  }
+  data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
+  return to_object(managed);
 }
 
 }  // namespace
@@ -139,30 +151,39 @@ bool view_tensor(py::handle object, TensorView& view) {
     return false;
   }
   view.data = static_cast<const char*>(tensor.data) + tensor.byte_offset;
+  view.device = tensor.device;
   view.rank = tensor.rank;
   view.shape = tensor.shape;
-  return negates.is(py::handle(Py_False)) && tensor.device.type == kCpu && tensor.data != nullptr &&
-         element_to_dtype(tensor.element, view.dtype) && is_contiguous(tensor);
+  return negates.is(py::handle(Py_False)) && tensor.data != nullptr && element_to_dtype(tensor.element, view.dtype) &&
+         is_contiguous(tensor);
 }
 
-py::object make_tensor(DType dtype, const std::int64_t* shape, std::int32_t rank, bool fill, void*& data) {
+py::object adopt_memory(DType dtype, const Shape& shape, void* data, std::int64_t size, void (*free)(void*, std::int64_t)) {
   auto owner = std::make_unique<Owner>();
-  owner->shape.assign(shape, shape + rank);
-  owner->strides.resize(rank);
+  owner->size = size;
+  owner->free = free;
+  owner->shape = shape;
+  owner->strides.resize(shape.size());
   std::int64_t count = 1;
-  for (std::int32_t axis = rank - 1; axis >= 0; --axis) {
-    owner->strides[axis] = count;
-    count *= shape[axis];
-  }
-  const ElementType element = dtype_to_element(dtype);
-  owner->block = cpu::take_block(count * element.bits / 8);
-  data = owner->block.data;
-  if (fill) std::memset(data, 0xFF, static_cast<std::size_t>(count * element.bits / 8));  // a NaN in every one of the dtypes
-  const Tensor tensor{data, {kCpu, 0}, rank, element, owner->shape.data(), owner->strides.data(), 0};
+  for (std::size_t axis = shape.size(); axis-- > 0; count *= shape[axis]) owner->strides[axis] = count;
+  const auto rank = static_cast<std::int32_t>(shape.size());
+  const Tensor tensor{data, Device{}, rank, dtype_to_element(dtype), owner->shape.data(), owner->strides.data(), 0};
   owner->managed = {{kMajor, 0}, owner.get(), bury, 0, tensor};
-  void* object = nullptr;
-  if (exchange->managed_to_object(&owner.release()->managed, &object) != 0) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+  return to_object(&owner.release()->managed);
 }
+
+py::object allocate_tensor(DType dtype, const Shape& shape, Device device, void*& data) {
+  return allocate(dtype_to_element(dtype), shape, device, data);
+}
+
+py::object allocate_bytes(std::int64_t bytes, Device device, void*& data) { return allocate({kUnsigned, 8, 1}, {bytes}, device, data); }
+
+bool current_stream(Device device, void*& stream) {
+  if (exchange->current_stream(device.type, device.index, &stream) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+std::int64_t bytes_of(DType dtype) { return dtype_to_element(dtype).bits / 8; }
 
 }  // namespace steer

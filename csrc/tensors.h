@@ -6,20 +6,34 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <vector>
 
 #include "steer.h"
 
 namespace steer {
 
-// A tensor as the kernels take it: on the CPU, dense, contiguous, of one of their dtypes.
+using Shape = std::vector<std::int64_t>;
+
+// As the standard numbers types of devices.
+struct Device {
+  static constexpr std::int32_t kCpu = 1, kCuda = 2;
+
+  std::int32_t type = kCpu, index = 0;
+
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+};
+
+// A tensor as the kernels take it: dense, contiguous, of one of their dtypes.
 struct TensorView {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
+  Device device;
   std::int32_t rank = 0;
   const std::int64_t* shape = nullptr;
 
-  bool has_shape(std::initializer_list<std::int64_t> wanted) const;
   std::int64_t numel() const;
+  bool has_shape(std::initializer_list<std::int64_t> wanted) const;
+  Shape copy_shape() const { return Shape(shape, shape + rank); }
 };
 
 // Gets to know torch.Tensor and torch.nn.Parameter. False if this torch has no such exchange.
@@ -29,7 +43,19 @@ bool connect_tensors(pybind11::handle tensor_type, pybind11::handle parameter_ty
 // negates; nothing is raised. The shape lives as long as the tensor does.
 bool view_tensor(pybind11::handle object, TensorView& view);
 
-// A new tensor, uninitialised, or with `fill` full of NaN; `data` is where its numbers go. Throws pybind11::error_already_set.
-pybind11::object make_tensor(DType dtype, const std::int64_t* shape, std::int32_t rank, bool fill, void*& data);
+// A contiguous tensor on the CPU in the memory at `data`, which `free(data, size)` takes back when its time has come. None where torch
+// refuses.
+pybind11::object adopt_memory(DType dtype, const Shape& shape, void* data, std::int64_t size, void (*free)(void*, std::int64_t));
+
+// A contiguous tensor in memory of torch's, uninitialised; `data` is where its numbers go. None where torch refuses.
+pybind11::object allocate_tensor(DType dtype, const Shape& shape, Device device, void*& data);
+
+// The same for `bytes` of no type.
+pybind11::object allocate_bytes(std::int64_t bytes, Device device, void*& data);
+
+// Torch's current stream of a device, a cudaStream_t. False where torch cannot say.
+bool current_stream(Device device, void*& stream);
+
+std::int64_t bytes_of(DType dtype);
 
 }  // namespace steer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import Tensor
 from .backends import Options
 from .reference import compute_dtype
 
-__all__ = ["DTYPES", "NORMS", "POOLS", "address", "backward_results", "forward_results", "problem"]
+__all__ = ["DTYPES", "DirectWay", "address", "backward_results", "direct_way", "forward_results", "problem"]
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-NORMS = {"": 0, "layer": 1, "rms": 2}
-POOLS = {"": 0, "max": 1, "mean": 2}
+_NORMS = {"": 0, "layer": 1, "rms": 2}
+_POOLS = {"": 0, "max": 1, "mean": 2}
 
 
 def address(tensor: Tensor | None) -> int:
@@ -40,8 +41,8 @@ def problem(
     return module.Problem(  # by position: names would double the time of the call
         (batch, time, -(-time // pool_size), width, options.num_experts, options.top_k, pool_size),
         options.renormalize,
-        NORMS[options.norm],
-        POOLS[options.pool],
+        _NORMS[options.norm],
+        _POOLS[options.pool],
         options.eps,
         DTYPES[stream.dtype],
         _operand(weight),
@@ -76,3 +77,29 @@ def backward_results(y: Tensor, gates: Tensor, weight: Tensor, needs: list[bool]
         torch.empty_like(y) if needs[0] else None,
         *(gates.new_empty(shape) if need else None for shape, need in zip(shapes, needs[1:], strict=True)),
     ]
+
+
+class DirectWay:
+    """Tensors to tensors in one call of a compiled module (csrc/direct.h), as `steermoe_kernels.backends` describes it."""
+
+    def __init__(self, module: ModuleType, settings: Any) -> None:
+        self._settings, self._forward, self._backward = settings, module.direct_forward, module.direct_backward
+
+    def forward(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
+        return self._forward(self._settings, *tensors, _fills_memory())
+
+    def backward(self, *tensors_and_needs: Any) -> tuple[Tensor | None, ...] | None:
+        return self._backward(self._settings, *tensors_and_needs, _fills_memory())
+
+
+def direct_way(module: ModuleType, options: Options, automatic: bool) -> DirectWay | None:
+    """The compiled ``module``'s, None where this torch does not show its tensors to compiled code, or STEERMOE_DIRECT is 0."""
+    if os.environ.get("STEERMOE_DIRECT") == "0" or not module.connect_tensors(Tensor, torch.nn.Parameter):
+        return None
+    norm, pool = _NORMS[options.norm], _POOLS[options.pool]
+    return DirectWay(module, module.Settings(norm, options.eps, pool, options.pool_size, options.top_k, options.renormalize, automatic))
+
+
+def _fills_memory() -> bool:
+    """Whether torch fills memory that nobody has written yet."""
+    return torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]

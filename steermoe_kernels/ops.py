@@ -9,6 +9,7 @@ normalised frame. The step is undone, ``u = y - s (g V)``, instead of storing ``
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import choice
 from .backends import Options, automatic_backend, get_backend, select_backend
 from .checks import check_norm, check_pool, check_projection, check_tensors, check_top_k
 from .choice import Shape
@@ -200,11 +202,11 @@ def steer_directly(
     None asks for the long way, with its checks. Tensors as in `functional.steer_norm`, then norm, eps, rms, pool, pool_size, top_k,
     renormalize and backend as the caller gave them.
     """
-    if _is_watched() or not isinstance(x, Tensor) or not x.is_cpu or forward_ad._current_level >= 0:
+    if _is_watched() or not isinstance(x, Tensor) or forward_ad._current_level >= 0:
         return None
     try:
-        way = _direct_way(x.dtype, *settings)
-    except TypeError:  # something that cannot be looked up, and is no setting: the checks have the words
+        way = _direct_way(x.device, x.dtype, None if x.is_cpu else _preferred(x, weight), *settings)
+    except (TypeError, AttributeError, IndexError, KeyError):  # no tensor, no setting or no backend: the checks have the words
         return None
     if way is None:
         return None
@@ -221,9 +223,18 @@ def steer_directly(
     return results[:3]
 
 
+def _preferred(x: Tensor, weight: Tensor) -> str | None:
+    """The backend that the environment or a measurement names for a stream on a GPU."""
+    if (named := os.environ.get("STEERMOE_BACKEND") or "auto") != "auto":
+        return named
+    return choice.fastest(x.device, x.dtype, Shape(weight.shape[0], x.shape[:-1].numel(), x.shape[-1]))
+
+
 @lru_cache(maxsize=256, typed=True)  # typed: 1 is no True, and not every number is a good one
 def _direct_way(
+    device: torch.device,
     dtype: torch.dtype,
+    preferred: str | None,
     norm: str,
     eps: float,
     rms: bool,
@@ -233,8 +244,7 @@ def _direct_way(
     renormalize: bool,
     backend: str,
 ) -> tuple[Any, ...] | None:
-    """A CPU backend's direct way, and the operator's settings; None where there is none, or a setting is not what it should be."""
-    device = torch.device("cpu")
+    """The backend's direct way, and the operator's settings; None where there is none, or a setting is not what it should be."""
     kinds = (type(eps), type(rms), type(pool_size), type(renormalize), type(backend))
     if kinds != (float, bool, int, bool, str) or type(top_k) not in (int, type(None)):
         return None
@@ -242,7 +252,7 @@ def _direct_way(
         check_pool(pool, pool_size)
         check_norm(eps, rms)
         check_top_k(top_k, top_k or 1)
-        module = automatic_backend(device, dtype) if backend == "auto" else get_backend(backend)
+        module = automatic_backend(device, dtype, preferred) if backend == "auto" else get_backend(backend)
     except (ValueError, TypeError, RuntimeError):
         return None
     if (make := getattr(module, "direct", None)) is None or module.rejects(device, dtype) is not None:

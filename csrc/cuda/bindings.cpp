@@ -7,6 +7,7 @@
 #include <map>
 
 #include "cuda.h"
+#include "direct.h"
 
 #if !defined(STEER_MODULE)
 #define STEER_MODULE _cuda
@@ -110,6 +111,8 @@ PYBIND11_MODULE(STEER_MODULE, module) {
       },
       "'fast' or 'plain': the kernels that take the call.", py::arg("problem"), py::arg("addresses"), py::arg("results"),
       py::arg("device"));
+
+  steer::cuda::define_direct(module);
 
   module.def(
       "build_info",

@@ -23,7 +23,7 @@ be missing: ``unavailable`` is the place to look for it. It defines
     results; a gradient that is not needed may be None, or there all the same. ``du`` has the stream's dtype, the others the accumulation
     dtype.
 ``direct(options, automatic) -> object | None``
-    Optional, for a backend on the CPU: a way around the operator, for eager calls that nobody watches. ``options.top_k`` is 0 for dense
+    Optional: a way around the operator, for eager calls that nobody watches. ``options.top_k`` is 0 for dense
     routing, ``num_experts`` not set; ``automatic`` tells that STEERMOE_BACKEND may name another backend. The object has ``forward(x,
     residual, weight, bias, vectors, scale, norm_weight, norm_bias)``, with results like `steer_forward`'s but of shape (..., D) and (...,
     E) for ``x`` (..., D), and None instead of those of size 0; and ``backward`` from ``dy`` to ``norm_weight``, and ``needs``, as in

@@ -10,12 +10,11 @@ import importlib
 import os
 from functools import cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..compiled import NORMS, POOLS, address, backward_results, forward_results, problem
+from ..compiled import DirectWay, address, backward_results, direct_way, forward_results, problem
 from . import Options
 
 AUTO_DEVICES = frozenset({"cpu"})
@@ -41,35 +40,8 @@ def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if device.type == "cpu" else f"it takes tensors on the CPU, got {device}"
 
 
-@cache
-def _sees_tensors() -> bool:
-    return _core().connect_tensors(Tensor, torch.nn.Parameter)
-
-
-class _Direct:
-    """Tensors to tensors in one call of the compiled module (csrc/direct.h)."""
-
-    def __init__(self, settings: Any) -> None:
-        self._settings = settings
-        self._forward, self._backward = _core().direct_forward, _core().direct_backward
-
-    def forward(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        return self._forward(self._settings, *tensors, torch.get_num_threads(), _fills_memory())
-
-    def backward(self, *tensors_and_needs: Any) -> tuple[Tensor | None, ...] | None:
-        return self._backward(self._settings, *tensors_and_needs, torch.get_num_threads(), _fills_memory())
-
-
-def direct(options: Options, automatic: bool) -> _Direct | None:
-    if unavailable() is not None or not _sees_tensors():
-        return None
-    numbers = (NORMS[options.norm], options.eps, POOLS[options.pool], options.pool_size, options.top_k, options.renormalize, automatic)
-    return _Direct(_core().Settings(*numbers))
-
-
-def _fills_memory() -> bool:
-    """Whether torch fills memory that nobody has written yet."""
-    return torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+def direct(options: Options, automatic: bool) -> DirectWay | None:
+    return None if unavailable() is not None else direct_way(_core(), options, automatic)
 
 
 def _threading() -> tuple[int, str]:

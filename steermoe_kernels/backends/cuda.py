@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..compiled import address, backward_results, forward_results, problem
+from ..compiled import DirectWay, address, backward_results, direct_way, forward_results, problem
 from . import Options
 
 AUTO_DEVICES: frozenset[str] = frozenset()  # `steermoe_kernels.choice` alone lets it in
@@ -66,6 +66,10 @@ def _runs_on(architectures: str, major: int, minor: int) -> bool:
         if not letter and ((built[0] == major and built[1] <= minor) if kind == "-real" else built <= (major, minor)):
             return True
     return False
+
+
+def direct(options: Options, automatic: bool) -> DirectWay | None:
+    return None if unavailable() is not None else direct_way(_core(), options, automatic)
 
 
 def _check_experts(options: Options) -> None:

@@ -23,7 +23,7 @@ from problems import Problem, draw, fused
 from test_accuracy import _allowed, _as_float32, _compared, assert_accurate_with_large_steering
 
 from steermoe_kernels import functional as SF
-from steermoe_kernels import reference
+from steermoe_kernels import ops, reference
 from steermoe_kernels.backends import get_backend
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Device:
     includes = [f"-I{path}" for path in (EMULATOR, SOURCES, pybind11.get_include(), sysconfig.get_paths()["include"])]
     # Fibers jump between stacks, which fortified jumps refuse; products and sums are rounded where the kernels say.
     flags = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DSTEER_MODULE=_cuda_emulated"]
-    sources = [*sorted(SOURCES.glob("*.cu")), SOURCES / "bindings.cpp", EMULATOR / "emulator.cpp"]
+    flags.append("-DSTEER_DEVICE=steer::Device::kCpu")  # its tensors are the CPU's
+    bindings = [SOURCES / "bindings.cpp", SOURCES / "direct.cpp", SOURCES.parent / "tensors.cpp"]
+    sources = [*sorted(SOURCES.glob("*.cu")), *bindings, EMULATOR / "emulator.cpp"]
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
@@ -160,6 +162,29 @@ def test_outputs_and_gradients(problem: Problem, kernels: set[str], dtype: torch
     emulated.set_order("random", 1)
     _check(problem, dtype)
     assert set(emulated.take_launched()) == kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        P(frames=9, width=40, num_experts=8, norm="layer", residual=True),
+        P(batch=2, frames=9, width=40, num_experts=20, top_k=2, renormalize=False, norm="rms", pool="max", pool_size=2),
+        P(frames=9, width=33, num_experts=3, wanted=("vectors",)),
+    ],
+    ids=str,
+)
+def test_the_direct_way_gives_the_same_bits(problem: Problem, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From tensors to tensors inside the compiled module, results and workspace from torch's allocator; and by way of Python."""
+    inputs, incoming = draw(problem, dtype)
+    with monkeypatch.context() as patched:
+        for name in ("steer_forward", "steer_backward"):
+            patched.delattr(get_module(), name)
+        direct = fused(problem, inputs, incoming, "cuda")
+    monkeypatch.setattr(ops, "steer_directly", lambda *arguments: None)
+    usual = fused(problem, inputs, incoming, "cuda")
+    for name, tensor in usual.items():
+        assert direct[name].dtype == tensor.dtype and torch.equal(direct[name], tensor), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

@@ -20,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from steermoe_kernels import functional as SF
 from steermoe_kernels import ops
-from steermoe_kernels.backends import cpu, get_backend
+from steermoe_kernels.backends import Options, cpu, get_backend
 
 pytestmark = pytest.mark.skipif(
-    cpu.unavailable() is not None or not cpu._sees_tensors(), reason="no compiled module, or a torch that does not show it tensors"
+    cpu.unavailable() is not None or not cpu._core().connect_tensors(Tensor, torch.nn.Parameter),
+    reason="no compiled module, or a torch that does not show it tensors",
 )
 
 PROBLEMS = [
@@ -356,7 +357,16 @@ def test_a_forked_process_goes_on() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
+def test_where_there_is_no_direct_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not cpu._core().connect_tensors(int, float), "a torch that shows no tensors"
+    assert cpu.direct(Options(), True) is not None
+    monkeypatch.setenv("STEERMOE_DIRECT", "0")
+    assert cpu.direct(Options(), True) is None
+    ops._direct_way.cache_clear()
+    assert ops._direct_way(torch.device("cpu"), torch.float32, None, "", 0.0, False, None, 1, None, True, "cpu") is None
+
+
 def test_a_backend_without_a_direct_way() -> None:
     assert not hasattr(get_backend("reference"), "direct")
     ops._direct_way.cache_clear()
-    assert ops._direct_way(torch.float32, "", 0.0, False, None, 1, None, True, "reference") is None
+    assert ops._direct_way(torch.device("cpu"), torch.float32, None, "", 0.0, False, None, 1, None, True, "reference") is None

@@ -1,0 +1,58 @@
+#include "direct.h"
+
+#include "../direct.h"
+#include "cuda.h"
+
+#if !defined(STEER_DEVICE)
+#define STEER_DEVICE steer::Device::kCuda
+#endif
+
+namespace py = pybind11;
+
+namespace steer::cuda {
+
+namespace {
+
+// Results and workspace are torch's, from its allocator's pool of torch's current stream: so a CUDA graph can capture a call, and memory
+// that is given up while a kernel still works on it is only handed out again to work behind that kernel.
+class Runner {
+ public:
+  static constexpr const char* kName = "cuda";
+
+  // Torch's allocator fills memory by itself where it is asked to.
+  Runner(const TensorView& stream, bool) : device_(stream.device) {}
+
+  bool takes(const Problem& p) {
+    return device_.type == STEER_DEVICE && p.stream != DType::kFloat64 && p.experts <= kMaxExperts && current_stream(device_, stream_);
+  }
+
+  py::object make(DType dtype, const Shape& shape, void*& data) const { return allocate_tensor(dtype, shape, device_, data); }
+
+  bool forward(const Forward& call) const {
+    const py::gil_scoped_release release;
+    cuda::forward(call, {device_.index, stream_});
+    return true;
+  }
+
+  bool backward(const Backward& call) const {
+    void* memory = nullptr;
+    const std::int64_t bytes = workspace_bytes(call, device_.index);
+    const py::object workspace = allocate_bytes(bytes, device_, memory);
+    if (workspace.is_none()) return false;
+    const py::gil_scoped_release release;
+    cuda::backward(call, memory, {device_.index, stream_});
+    return true;
+  }
+
+ private:
+  static constexpr std::int64_t kMaxExperts = 256;
+
+  Device device_;
+  void* stream_ = nullptr;
+};
+
+}  // namespace
+
+void define_direct(py::module_& module) { Direct<Runner>::define(module); }
+
+}  // namespace steer::cuda
