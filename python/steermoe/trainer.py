@@ -97,6 +97,7 @@ class AlignerTrainer(Trainer):
         self.metric, self.greater_is_better = score_of(config, eval_corpus)
         self.last_evaluation: Evaluation | None = None
         self.last_save_error: CheckpointError | None = None
+        self.origin: Path | None = None  # the folder of the run that this one goes on from
         self._counts = RouterCounts()
         self._auxiliary: dict[str, Tensor] = {}
         self._rates: dict[str, float] = {}
@@ -371,6 +372,7 @@ class AlignerTrainer(Trainer):
         if not failed:
             try:
                 if self.args.should_save:
+                    self._bring_best()
                     seal(checkpoint)
             except OSError as failure:
                 error = failure
@@ -383,6 +385,17 @@ class AlignerTrainer(Trainer):
         self.last_save_error = None
         if self.args.should_save:
             remove_old(self.run, self.args.save_total_limit, (self.state.best_global_step, self.state.global_step))
+
+    def _bring_best(self) -> None:
+        """Copy the best checkpoint so far out of the run that this one goes on from in a folder of its own."""
+        if self.origin is None or not self.state.best_global_step:
+            return
+        best = self.run / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step == self.state.global_step or best.exists() or not (self.origin / best.name).is_dir():
+            return
+        shutil.rmtree(staging_folder(best), ignore_errors=True)
+        shutil.copytree(self.origin / best.name, staging_folder(best))
+        staging_folder(best).rename(best)
 
     def _write_checkpoint(self, folder: Path) -> None:
         broken = [name for name, parameter in self._bare.trained_parameters().items() if not bool(_whole(parameter).isfinite().all())]

@@ -139,6 +139,7 @@ def _train(
     trainer = AlignerTrainer(model, processor, config, collator, train_corpus, eval_corpus, callbacks)
     if checkpoint is not None:
         _check_rows(trainer, checkpoint)
+        trainer.origin = checkpoint.parent
     if checkpoint is not None and trainer.is_finished(checkpoint):
         if checkpoint.parent.resolve() != run.resolve():
             raise CheckpointError(f"{checkpoint} is the end of its run: there is nothing to go on with")
@@ -287,7 +288,7 @@ def _corpora(config: TrainingConfig, state: PartialState, *, fresh: bool) -> tup
 def _result(trainer: AlignerTrainer, bad_rows: list[Problem], warnings: list[Problem]) -> TrainingResult:
     run, state = trainer.run, trainer.state
     last = run / f"checkpoint-{state.global_step}"
-    best = run / f"checkpoint-{state.best_global_step}" if state.best_global_step else last
+    best = _best_checkpoint(trainer) or last
     if best != last and not trainer.interruption.stopped:
         trainer.load_weights(best)
     scored = trainer.eval_corpus is not None
@@ -307,6 +308,12 @@ def _result(trainer: AlignerTrainer, bad_rows: list[Problem], warnings: list[Pro
     )
 
 
+def _best_checkpoint(trainer: AlignerTrainer) -> Path | None:
+    """None where there is no best one, or it has gone with the folder of a run that this one goes on from."""
+    best = trainer.run / f"checkpoint-{trainer.state.best_global_step}"
+    return best if best.is_dir() else None
+
+
 def _report(trainer: AlignerTrainer, checkpoint: Path | None, bad_rows: list[Problem], warnings: list[Problem]) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     run, state = trainer.run, trainer.state
@@ -320,17 +327,15 @@ def _report(trainer: AlignerTrainer, checkpoint: Path | None, bad_rows: list[Pro
         return
     last = f"checkpoint-{state.global_step}"
     if trainer.interruption.stopped:
+        together = f" (in {trainer.args.world_size} processes, as it was started)" if trainer.args.world_size > 1 else ""
         console.print(
             f"stopped after step {state.global_step} of {state.max_steps}, saved in {run / last}\n"
-            f"go on with: steermoe train {shlex.quote(str(run / CONFIG_NAME))} --resume",
+            f"go on with: steermoe train {shlex.quote(str(run / CONFIG_NAME))} --resume{together}",
             markup=False,
         )
         return
     if checkpoint is not None and state.global_step == step_of(checkpoint):
         console.print(f"the run was finished after step {state.global_step} already: nothing was trained", markup=False)
     if state.best_global_step:
-        console.print(
-            f"best {trainer.metric} {state.best_metric:.2%} after step {state.best_global_step}, "
-            f"in {run / f'checkpoint-{state.best_global_step}'}",
-            markup=False,
-        )
+        where = f"in {best}" if (best := _best_checkpoint(trainer)) else "in a checkpoint that is not there any more"
+        console.print(f"best {trainer.metric} {state.best_metric:.2%} after step {state.best_global_step}, {where}", markup=False)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import configuration, corpus, curve
 from transformers import TrainerCallback
 
+from steermoe.checkpoint_folder import WEIGHTS_NAME
 from steermoe.checkpoints import CheckpointError, checkpoints_in, locked, verify
 from steermoe.trainer import CONFIG_NAME, STATISTICS_NAME, AlignerTrainer
 from steermoe.training import TrainingResult, train
@@ -115,6 +116,31 @@ def test_resumed_from_a_named_checkpoint(
         shutil.rmtree(tmp_path / "first" / f"checkpoint-{step}")
     resumed = train(config, resume=tmp_path / "first" / "checkpoint-4")
     _assert_same_run(resumed, whole[1])
+
+
+@pytest.mark.parametrize("best_is_gone", [False, True])
+def test_resumed_into_another_folder(
+    backbones: tuple[Path, Path],
+    clips: Path,
+    whole: dict[int, TrainingResult],
+    tmp_path: Path,
+    best_is_gone: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The best checkpoint so far comes along: no later one may be better."""
+    best = whole[1].checkpoint.name
+    assert int(best.removeprefix("checkpoint-")) < 8, "else this shows nothing"
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(whole[1].last_checkpoint.parent, first)
+    if best_is_gone:
+        shutil.rmtree(first / best)
+    resumed = train(configuration(backbones, clips, second, eval=clips, **SETTINGS), resume=first / "checkpoint-8")
+    assert resumed.best_score == whole[1].best_score and curve(resumed.history) == curve(whole[1].history)
+    assert resumed.checkpoint == (resumed.last_checkpoint if best_is_gone else second / best)
+    verify(resumed.checkpoint)
+    trained, expected = resumed.model.trained_parameters(), load_file((resumed.checkpoint if best_is_gone else first / best) / WEIGHTS_NAME)
+    assert trained.keys() == expected.keys() and all(torch.equal(trained[name], expected[name]) for name in trained)
+    assert ("in a checkpoint that is not there any more" if best_is_gone else f"in {second / best}") in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_trained_on(whole: dict[int, TrainingResult], capsys: pytest.CaptureFixture[str]) -> None:
