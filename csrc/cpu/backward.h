@@ -192,7 +192,7 @@ class BackwardPass {
     for (int r = 0; r < R; ++r) d[r] = gradient_at_y(first + r, d_ + (at + r) * stride_);
     for (std::int64_t i = 0; i < R * E; ++i) sg_[at * E + i] = s * g[i];
     if (!needs_a_) return;
-    dots<C, R>(d, operands_.V, E, stride_, a_);
+    dots<C, R>(d, operands_.V, E, stride_, a_, [](std::int64_t) { return [](std::int64_t) {}; });
     C* dz = dz_ + at * E;
     for (int r = 0; r < R; ++r) {
       const std::int64_t row = (first + r) * E;
