@@ -31,25 +31,26 @@ namespace steer::cpu::STEER_NAMESPACE {
 template <typename C>
 class LongSum {
  public:
-  void start(std::int64_t count) {
+  // Zeros the room for the chains, `count` numbers from `room` on, and gives what lies behind it.
+  C* start(C* room, std::int64_t count) {
+    recent_ = room;
     count_ = count;
-    std::fill_n(recent_.reserve(count), count, C(0));
+    return std::fill_n(room, count, C(0));
   }
   bool wanted() const { return count_ > 0; }
-  C* recent() { return recent_.data(); }  // to be added to; null where not wanted
+  C* recent() { return recent_; }  // to be added to; null where not wanted
 
   void end_chain() {
     if (!wanted()) return;
-    C* recent = recent_.data();
     const bool first = ended_.data() == nullptr;
     double* ended = ended_.reserve(count_);
-    for (std::int64_t i = 0; i < count_; ++i) ended[i] = first ? recent[i] : ended[i] + recent[i];
-    std::fill_n(recent, count_, C(0));
+    for (std::int64_t i = 0; i < count_; ++i) ended[i] = first ? recent_[i] : ended[i] + recent_[i];
+    std::fill_n(recent_, count_, C(0));
   }
 
   // total[i] += sum[at + i] for i < count
   void add_to(double* total, std::int64_t at, std::int64_t count) {
-    const C* recent = recent_.data() + at;
+    const C* recent = recent_ + at;
     for (std::int64_t i = 0; i < count; ++i) total[i] += recent[i];
     if (ended_.data() == nullptr) return;
     const double* ended = ended_.data() + at;
@@ -58,7 +59,7 @@ class LongSum {
 
  private:
   std::int64_t count_ = 0;
-  Buffer<C> recent_;
+  C* recent_ = nullptr;
   Buffer<double> ended_;
 };
 
@@ -69,12 +70,15 @@ struct Partial {
   std::vector<double> db;
   double ds = 0;
 
-  Partial(const Backward& call, std::int64_t stride) : db(call.problem.experts, 0.0) {
+  static std::int64_t room(const Backward& call, std::int64_t stride) { return 2 * (call.problem.experts + 1) * stride; }
+
+  // `room`: for as many numbers.
+  Partial(const Backward& call, std::int64_t stride, C* room) : db(call.problem.experts, 0.0) {
     const std::int64_t matrix = call.problem.experts * stride;
-    if (call.dweight != nullptr) dW.start(matrix);
-    if (call.dvectors != nullptr) dV.start(matrix);
-    if (call.dnorm_weight != nullptr) dgamma.start(stride);
-    if (call.dnorm_bias != nullptr) dbeta.start(stride);
+    if (call.dweight != nullptr) room = dW.start(room, matrix);
+    if (call.dvectors != nullptr) room = dV.start(room, matrix);
+    if (call.dnorm_weight != nullptr) room = dgamma.start(room, stride);
+    if (call.dnorm_bias != nullptr) dbeta.start(room, stride);
   }
 
   void end_chains() {
@@ -337,9 +341,13 @@ void backward(const Backward& call, int threads) {
   prefer_large_pages(call.du, p.frames() * p.width * static_cast<std::int64_t>(sizeof(S)));
   const Operands<C> operands(p);
   const int shards = backward_shards(p);
+  // In one piece, which the C library keeps for the next call: pieces by the shard go back to the system, to be faulted in again.
+  const std::int64_t room = Partial<C>::room(call, operands.stride);
+  Buffer<C> rooms(shards * room);
+  prefer_large_pages(rooms.data(), shards * room * static_cast<std::int64_t>(sizeof(C)));
   std::vector<std::unique_ptr<Partial<C>>> partials(shards);
   parallel(shards, threads, [&](int shard) {
-    partials[shard] = std::make_unique<Partial<C>>(call, operands.stride);
+    partials[shard] = std::make_unique<Partial<C>>(call, operands.stride, rooms.data() + shard * room);
     Pass(call, operands, *partials[shard]).run(shard_of(p, shard, shards, Pass::kBlock));
   });
 
