@@ -328,10 +328,11 @@ void add_up(std::vector<std::unique_ptr<Partial<C>>>& partials, LongSum<C> Parti
   }
 }
 
-// As many as threads can share evenly, but each with rows enough to outweigh the adding up of its E x D sums.
+// As many as threads can share evenly: an even number. In 192 rows no chain ends, so that the sums in double, and adding them up, are for
+// streams of more than 64 such shards. A shard's sums are zeroed and added up besides, so it has to be larger than the forward's.
 inline int backward_shards(const Problem& p) {
-  const std::int64_t rows = std::max<std::int64_t>(192, 4 * p.experts);
-  return useful_shards(p, static_cast<int>(std::min<std::int64_t>(64, (p.frames() + rows - 1) / rows)));
+  const std::int64_t pairs = (p.frames() + 2 * 192 - 1) / (2 * 192);
+  return useful_shards(p, static_cast<int>(std::min<std::int64_t>(64, 2 * pairs)), 4 * kSmallestShard);
 }
 
 template <typename C, typename S>

@@ -72,6 +72,7 @@ inline void dots_tile(const C* const* rows, const C* M, std::int64_t experts, st
   for (int r = 0; r < R; ++r) sum_experts<C, X>(sums[r], z + r * experts);
 }
 
+// `meanwhile(tile)` gives what a tile calls.
 template <typename C, int R, typename Meanwhile>
 void dots(const C* const* rows, const C* M, std::int64_t experts, std::int64_t stride, C* z, Meanwhile meanwhile) {
   constexpr int X = Vector<C>::kExperts;
