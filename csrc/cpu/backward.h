@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "memory.h"
 #include "operands.h"
 #include "parallel.h"
 #include "routing.h"
@@ -30,25 +31,26 @@ namespace steer::cpu::STEER_NAMESPACE {
 template <typename C>
 class LongSum {
  public:
-  void start(std::int64_t count) {
+  // Zeros the room for the chains, `count` numbers from `room` on, and gives what lies behind it.
+  C* start(C* room, std::int64_t count) {
+    recent_ = room;
     count_ = count;
-    std::fill_n(recent_.reserve(count), count, C(0));
+    return std::fill_n(room, count, C(0));
   }
   bool wanted() const { return count_ > 0; }
-  C* recent() { return recent_.data(); }  // to be added to; null where not wanted
+  C* recent() { return recent_; }  // to be added to; null where not wanted
 
   void end_chain() {
     if (!wanted()) return;
-    C* recent = recent_.data();
     const bool first = ended_.data() == nullptr;
     double* ended = ended_.reserve(count_);
-    for (std::int64_t i = 0; i < count_; ++i) ended[i] = first ? recent[i] : ended[i] + recent[i];
-    std::fill_n(recent, count_, C(0));
+    for (std::int64_t i = 0; i < count_; ++i) ended[i] = first ? recent_[i] : ended[i] + recent_[i];
+    std::fill_n(recent_, count_, C(0));
   }
 
   // total[i] += sum[at + i] for i < count
   void add_to(double* total, std::int64_t at, std::int64_t count) {
-    const C* recent = recent_.data() + at;
+    const C* recent = recent_ + at;
     for (std::int64_t i = 0; i < count; ++i) total[i] += recent[i];
     if (ended_.data() == nullptr) return;
     const double* ended = ended_.data() + at;
@@ -57,7 +59,7 @@ class LongSum {
 
  private:
   std::int64_t count_ = 0;
-  Buffer<C> recent_;
+  C* recent_ = nullptr;
   Buffer<double> ended_;
 };
 
@@ -68,12 +70,15 @@ struct Partial {
   std::vector<double> db;
   double ds = 0;
 
-  Partial(const Backward& call, std::int64_t stride) : db(call.problem.experts, 0.0) {
+  static std::int64_t room(const Backward& call, std::int64_t stride) { return 2 * (call.problem.experts + 1) * stride; }
+
+  // `room`: for as many numbers.
+  Partial(const Backward& call, std::int64_t stride, C* room) : db(call.problem.experts, 0.0) {
     const std::int64_t matrix = call.problem.experts * stride;
-    if (call.dweight != nullptr) dW.start(matrix);
-    if (call.dvectors != nullptr) dV.start(matrix);
-    if (call.dnorm_weight != nullptr) dgamma.start(stride);
-    if (call.dnorm_bias != nullptr) dbeta.start(stride);
+    if (call.dweight != nullptr) room = dW.start(room, matrix);
+    if (call.dvectors != nullptr) room = dV.start(room, matrix);
+    if (call.dnorm_weight != nullptr) room = dgamma.start(room, stride);
+    if (call.dnorm_bias != nullptr) dbeta.start(room, stride);
   }
 
   void end_chains() {
@@ -191,7 +196,7 @@ class BackwardPass {
     for (int r = 0; r < R; ++r) d[r] = gradient_at_y(first + r, d_ + (at + r) * stride_);
     for (std::int64_t i = 0; i < R * E; ++i) sg_[at * E + i] = s * g[i];
     if (!needs_a_) return;
-    dots<C, R>(d, operands_.V, E, stride_, a_);
+    dots<C, R>(d, operands_.V, E, stride_, a_, [](std::int64_t) { return [](std::int64_t) {}; });
     C* dz = dz_ + at * E;
     for (int r = 0; r < R; ++r) {
       const std::int64_t row = (first + r) * E;
@@ -323,10 +328,11 @@ void add_up(std::vector<std::unique_ptr<Partial<C>>>& partials, LongSum<C> Parti
   }
 }
 
-// As many as threads can share evenly, but each with rows enough to outweigh the adding up of its E x D sums.
+// As many as threads can share evenly: an even number. In 192 rows no chain ends, so that the sums in double, and adding them up, are for
+// streams of more than 64 such shards. A shard's sums are zeroed and added up besides, so it has to be larger than the forward's.
 inline int backward_shards(const Problem& p) {
-  const std::int64_t rows = std::max<std::int64_t>(192, 4 * p.experts);
-  return useful_shards(p, static_cast<int>(std::min<std::int64_t>(64, (p.frames() + rows - 1) / rows)));
+  const std::int64_t pairs = (p.frames() + 2 * 192 - 1) / (2 * 192);
+  return useful_shards(p, static_cast<int>(std::min<std::int64_t>(64, 2 * pairs)), 4 * kSmallestShard);
 }
 
 template <typename C, typename S>
@@ -335,9 +341,13 @@ void backward(const Backward& call, int threads) {
   const Problem& p = call.problem;
   const Operands<C> operands(p);
   const int shards = backward_shards(p);
+  // In one piece, which the C library keeps for the next call: pieces by the shard go back to the system, to be faulted in again.
+  const std::int64_t room = Partial<C>::room(call, operands.stride);
+  Buffer<C> rooms(shards * room);
+  prefer_large_pages(rooms.data(), shards * room * static_cast<std::int64_t>(sizeof(C)));
   std::vector<std::unique_ptr<Partial<C>>> partials(shards);
   parallel(shards, threads, [&](int shard) {
-    partials[shard] = std::make_unique<Partial<C>>(call, operands.stride);
+    partials[shard] = std::make_unique<Partial<C>>(call, operands.stride, rooms.data() + shard * room);
     Pass(call, operands, *partials[shard]).run(shard_of(p, shard, shards, Pass::kBlock));
   });
 

@@ -81,18 +81,24 @@ class ForwardPass {
     for (int r = 0; r < R; ++r) pool_and_norm(first + r, widen_row<C>(y + r * D, D, stride_, y_));
   }
 
-  // z = u W^T, without b.
+  // z = u W^T, without b. Every tile of experts asks for two of the next rows, a line at a time.
   template <int R>
-  void router_logits(const C* const* u, [[maybe_unused]] const S* x) {
+  void router_logits(const C* const* u, const S* x) {
+    const auto fetch_next = [next = x + R * p_.width, width = p_.width](std::int64_t tile) {
+      return [even = next + 2 * tile % R * width, odd = next + (2 * tile + 1) % R * width](std::int64_t d) {
+        prefetch(even + d);
+        prefetch(odd + d);
+      };
+    };
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same_v<S, BFloat16>)
       if (bfloat16_W_ != nullptr) {
         const BFloat16* rows[R];
         for (int r = 0; r < R; ++r) rows[r] = x + r * p_.width;
-        return dots<R>(rows, bfloat16_W_, p_.experts, stride_, z_);
+        return dots<R>(rows, bfloat16_W_, p_.experts, stride_, z_, fetch_next);
       }
 #endif
-    dots<C, R>(u, operands_.W, p_.experts, stride_, z_);
+    dots<C, R>(u, operands_.W, p_.experts, stride_, z_, fetch_next);
   }
 
   // u = x + r, widened; x itself where that is the same.

@@ -153,9 +153,9 @@ inline Shard shard_of(const Problem& p, int index, int shards, std::int64_t bloc
 // this many steps, of an expert each or of reading, adding and writing an element.
 constexpr std::int64_t kSmallestShard = 65536;
 
-inline int useful_shards(const Problem& p, int wanted) {
+inline int useful_shards(const Problem& p, int wanted, std::int64_t smallest = kSmallestShard) {
   const std::int64_t work = p.frames() * p.width * (p.experts + 4);
-  return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>({wanted, work / kSmallestShard, p.frames()})));
+  return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>({wanted, work / smallest, p.frames()})));
 }
 
 }  // namespace steer::cpu::STEER_NAMESPACE

@@ -47,9 +47,9 @@ inline void sum_experts(const Vector<C>* sums, C* z) {
   }
 }
 
-// A register tile of R rows and X experts: R * X accumulators.
-template <typename C, int R, int X>
-inline void dots_tile(const C* const* rows, const C* M, std::int64_t experts, std::int64_t stride, C* z) {
+// A register tile of R rows and X experts: R * X accumulators. `meanwhile(d)` is called once for every register of columns.
+template <typename C, int R, int X, typename Meanwhile>
+inline void dots_tile(const C* const* rows, const C* M, std::int64_t experts, std::int64_t stride, C* z, Meanwhile meanwhile) {
   using V = Vector<C>;
   V sums[R][X];
 #pragma GCC unroll 8
@@ -58,6 +58,7 @@ inline void dots_tile(const C* const* rows, const C* M, std::int64_t experts, st
     for (int e = 0; e < X; ++e) sums[r][e] = V::zero();
   for (std::int64_t d = 0; d < stride; d += kColumns<C>, M += experts * kColumns<C>)
     for (int k = 0; k < kColumns<C>; k += V::kLanes) {
+      meanwhile(d + k);
       V u[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) u[r] = V::load(rows[r] + d + k);
@@ -71,21 +72,23 @@ inline void dots_tile(const C* const* rows, const C* M, std::int64_t experts, st
   for (int r = 0; r < R; ++r) sum_experts<C, X>(sums[r], z + r * experts);
 }
 
-template <typename C, int R>
-void dots(const C* const* rows, const C* M, std::int64_t experts, std::int64_t stride, C* z) {
+// `meanwhile(tile)` gives what a tile calls.
+template <typename C, int R, typename Meanwhile>
+void dots(const C* const* rows, const C* M, std::int64_t experts, std::int64_t stride, C* z, Meanwhile meanwhile) {
   constexpr int X = Vector<C>::kExperts;
   std::int64_t e = 0;
-  for (; e + X <= experts; e += X) dots_tile<C, R, X>(rows, M + e * kColumns<C>, experts, stride, z + e);
-  for (; e + 2 <= experts; e += 2) dots_tile<C, R, 2>(rows, M + e * kColumns<C>, experts, stride, z + e);
-  for (; e < experts; ++e) dots_tile<C, R, 1>(rows, M + e * kColumns<C>, experts, stride, z + e);
+  for (; e + X <= experts; e += X) dots_tile<C, R, X>(rows, M + e * kColumns<C>, experts, stride, z + e, meanwhile(e / X));
+  for (; e + 2 <= experts; e += 2) dots_tile<C, R, 2>(rows, M + e * kColumns<C>, experts, stride, z + e, meanwhile(e / X));
+  for (; e < experts; ++e) dots_tile<C, R, 1>(rows, M + e * kColumns<C>, experts, stride, z + e, meanwhile(e / X));
 }
 
 #if defined(__AVX512BF16__)
 
 // The same on pairs of bfloat16 with the processor's own dot product: exact products and float32 sums (subnormal ones are zero), half the
 // instructions. `rows` and M are bfloat16; M lies in the same blocks of kColumns<float> columns, and rows are whole blocks.
-template <int R, int X>
-inline void dots_tile(const BFloat16* const* rows, const BFloat16* M, std::int64_t experts, std::int64_t stride, float* z) {
+template <int R, int X, typename Meanwhile>
+inline void dots_tile(const BFloat16* const* rows, const BFloat16* M, std::int64_t experts, std::int64_t stride, float* z,
+                      Meanwhile meanwhile) {
   constexpr int kPairs = 2 * Vector<float>::kLanes;
   const auto load = [](const BFloat16* p) {
     __m512bh value;
@@ -99,6 +102,7 @@ inline void dots_tile(const BFloat16* const* rows, const BFloat16* M, std::int64
     for (int e = 0; e < X; ++e) sums[r][e] = _mm512_setzero_ps();
   for (std::int64_t d = 0; d < stride; d += kColumns<float>, M += experts * kColumns<float>)
     for (int k = 0; k < kColumns<float>; k += kPairs) {
+      meanwhile(d + k);
       __m512bh u[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) u[r] = load(rows[r] + d + k);
@@ -117,12 +121,12 @@ inline void dots_tile(const BFloat16* const* rows, const BFloat16* M, std::int64
   }
 }
 
-template <int R>
-void dots(const BFloat16* const* rows, const BFloat16* M, std::int64_t experts, std::int64_t stride, float* z) {
+template <int R, typename Meanwhile>
+void dots(const BFloat16* const* rows, const BFloat16* M, std::int64_t experts, std::int64_t stride, float* z, Meanwhile meanwhile) {
   constexpr int X = Vector<float>::kExperts;
   std::int64_t e = 0;
-  for (; e + X <= experts; e += X) dots_tile<R, X>(rows, M + e * kColumns<float>, experts, stride, z + e);
-  for (; e < experts; ++e) dots_tile<R, 1>(rows, M + e * kColumns<float>, experts, stride, z + e);
+  for (; e + X <= experts; e += X) dots_tile<R, X>(rows, M + e * kColumns<float>, experts, stride, z + e, meanwhile(e / X));
+  for (; e < experts; ++e) dots_tile<R, 1>(rows, M + e * kColumns<float>, experts, stride, z + e, meanwhile(e / X));
 }
 
 #endif
