@@ -5,7 +5,7 @@
 // a look, by answering None: the operator then goes the long way, which also has the sentences for what is wrong.
 //
 // A Runner is where a call runs:
-//   Runner(TensorView stream, bool fill)  on the stream's device; with `fill`, results begin as NaN
+//   Runner(handle tensor, TensorView stream, bool fill)  on the stream's device; with `fill`, results begin as NaN
 //   bool takes(Problem)                   whether it can run the problem here and now
 //   object make(DType, Shape, void*&)     room for a result, and where its numbers go; None if there is none
 //   bool forward(Forward), bool backward(Backward)
@@ -58,7 +58,7 @@ class Direct {
     const Shape shape = stream.copy_shape();
     if (added.data != nullptr && (added.dtype != stream.dtype || !(added.device == stream.device) || added.copy_shape() != shape))
       return pybind11::none();
-    Runner runner(stream, fill);
+    Runner runner(x, stream, fill);
     if (!may_run(settings, Runner::kName) || !runner.takes(p)) return pybind11::none();
 
     call.x = stream.data;
@@ -95,7 +95,7 @@ class Direct {
     if (!comes_as(dsteered, steered.dtype, steered.numel()) || !comes_as(dn, steered.dtype, p.batch * p.pooled * p.width) ||
         !comes_as(dg, wide, g.numel()))
       return pybind11::none();
-    Runner runner(steered, fill);
+    Runner runner(y, steered, fill);
     if (!may_run(settings, Runner::kName) || !runner.takes(p)) return pybind11::none();
 
     call.dy = dsteered.data, call.dnormed = dn.data, call.dgates = dg.data;

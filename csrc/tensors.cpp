@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 
 namespace py = pybind11;
 
@@ -53,6 +54,7 @@ struct Exchange {
 
 const Exchange* exchange = nullptr;
 PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
+PyObject* dtypes[4];  // torch's, in the order of DType
 
 bool element_to_dtype(ElementType element, DType& dtype) {
   if (element.lanes != 1) return false;
@@ -90,6 +92,12 @@ struct Owner {
   std::int64_t size;
   void (*free)(void*, std::int64_t);
   Shape shape, strides;
+
+  Owner(const Shape& sizes, std::int64_t bytes, void (*take_back)(void*, std::int64_t))
+      : size(bytes), free(take_back), shape(sizes), strides(sizes.size()) {
+    std::int64_t count = 1;
+    for (std::size_t axis = shape.size(); axis-- > 0; count *= shape[axis]) strides[axis] = count;
+  }
 };
 
 void bury(ManagedTensor* managed) {
@@ -100,21 +108,10 @@ void bury(ManagedTensor* managed) {
 // The Python object of a tensor, which is handed over whatever happens; none where torch refuses, with nothing raised.
 py::object to_object(ManagedTensor* managed) {
   void* object = nullptr;
-  if (exchange->managed_to_object(managed, &object) == 0) return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+  if (exchange->managed_to_object(managed, &object) == 0 && object != nullptr)
+    return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
   PyErr_Clear();
   return py::none();
-}
-
-py::object allocate(ElementType element, const Shape& shape, Device device, void*& data) {
-  Shape sizes = shape;
-  Tensor prototype{nullptr, device, static_cast<std::int32_t>(sizes.size()), element, sizes.data(), nullptr, 0};
-  ManagedTensor* managed = nullptr;
-  if (exchange->allocate(&prototype, &managed, nullptr, [](void*, const char*, const char*) {}) != 0) {
-    PyErr_Clear();
-    return py::none();
-  }
-  data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
-  return to_object(managed);
 }
 
 }  // namespace
@@ -134,6 +131,10 @@ bool connect_tensors(py::handle tensor, py::handle parameter) {
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return false;
   const auto* table = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (table->version.major != kMajor || table->from_object == nullptr) return false;
+  const py::module_ torch = py::module_::import("torch");
+  std::size_t next = 0;
+  for (const char* name : {"float32", "float16", "bfloat16", "float64"})
+    dtypes[next++] = torch.attr(name).cast<py::object>().release().ptr();
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   exchange = table;
@@ -159,24 +160,45 @@ bool view_tensor(py::handle object, TensorView& view) {
 }
 
 py::object adopt_memory(DType dtype, const Shape& shape, void* data, std::int64_t size, void (*free)(void*, std::int64_t)) {
-  auto owner = std::make_unique<Owner>();
-  owner->size = size;
-  owner->free = free;
-  owner->shape = shape;
-  owner->strides.resize(shape.size());
-  std::int64_t count = 1;
-  for (std::size_t axis = shape.size(); axis-- > 0; count *= shape[axis]) owner->strides[axis] = count;
+  Owner* owner = nullptr;
+  try {
+    owner = new Owner(shape, size, free);
+  } catch (const std::bad_alloc&) {
+    free(data, size);
+    return py::none();
+  }
   const auto rank = static_cast<std::int32_t>(shape.size());
   const Tensor tensor{data, Device{}, rank, dtype_to_element(dtype), owner->shape.data(), owner->strides.data(), 0};
-  owner->managed = {{kMajor, 0}, owner.get(), bury, 0, tensor};
-  return to_object(&owner.release()->managed);
+  owner->managed = {{kMajor, 0}, owner, bury, 0, tensor};
+  return to_object(&owner->managed);
 }
 
-py::object allocate_tensor(DType dtype, const Shape& shape, Device device, void*& data) {
-  return allocate(dtype_to_element(dtype), shape, device, data);
+py::object allocate_tensor(py::handle like, DType dtype, const Shape& shape, void*& data) {
+  static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
+  static PyObject* const names = Py_BuildValue("(s)", "dtype");
+  py::tuple sizes(shape.size());
+  for (std::size_t axis = 0; axis < shape.size(); ++axis) sizes[axis] = shape[axis];
+  PyObject* const arguments[] = {like.ptr(), sizes.ptr(), dtypes[static_cast<int>(dtype)]};
+  auto tensor = py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(new_empty, arguments, 2, names));
+  TensorView view;
+  if (!tensor || !view_tensor(tensor, view)) {
+    PyErr_Clear();
+    return py::none();
+  }
+  data = const_cast<void*>(view.data);
+  return tensor;
 }
 
-py::object allocate_bytes(std::int64_t bytes, Device device, void*& data) { return allocate({kUnsigned, 8, 1}, {bytes}, device, data); }
+py::object allocate_bytes(std::int64_t bytes, Device device, void*& data) {
+  Tensor prototype{nullptr, device, 1, {kUnsigned, 8, 1}, &bytes, nullptr, 0};
+  ManagedTensor* managed = nullptr;
+  if (exchange->allocate(&prototype, &managed, nullptr, [](void*, const char*, const char*) {}) != 0) {
+    PyErr_Clear();
+    return py::none();
+  }
+  data = static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset;
+  return to_object(managed);
+}
 
 bool current_stream(Device device, void*& stream) {
   if (exchange->current_stream(device.type, device.index, &stream) == 0) return true;

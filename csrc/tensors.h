@@ -47,10 +47,12 @@ bool view_tensor(pybind11::handle object, TensorView& view);
 // refuses.
 pybind11::object adopt_memory(DType dtype, const Shape& shape, void* data, std::int64_t size, void (*free)(void*, std::int64_t));
 
-// A contiguous tensor in memory of torch's, uninitialised; `data` is where its numbers go. None where torch refuses.
-pybind11::object allocate_tensor(DType dtype, const Shape& shape, Device device, void*& data);
+// A contiguous tensor on the device of the tensor `like`, uninitialised; `data` is where its numbers go. None where torch refuses. By
+// `like.new_empty`: a tensor out of the exchange borrows its memory, which torch then neither resizes nor, by `record_stream`, keeps from
+// being handed out again while another stream works on it.
+pybind11::object allocate_tensor(pybind11::handle like, DType dtype, const Shape& shape, void*& data);
 
-// The same for `bytes` of no type.
+// Memory of torch's for as long as the object lives, which is a tensor of the exchange. None where torch refuses.
 pybind11::object allocate_bytes(std::int64_t bytes, Device device, void*& data);
 
 // Torch's current stream of a device, a cudaStream_t. False where torch cannot say.

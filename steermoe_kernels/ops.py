@@ -148,6 +148,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, dnormed: Tensor | None, dgates: 
             grads = _needed_gradients(*arguments)
         if ctx.direct is not None:
             grads = (None if grads[0] is None else grads[0].view(y.shape), *grads[1:])
+    if dnormed is None and (needs[5] or needs[6]):  # backends may leave out what is zero, but None would mean that nothing depends on it
+        grads = [gates.new_zeros(y.shape[-1]) if need and grad is None else grad for grad, need in zip(grads, needs, strict=True)]
     du, *dparameters = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return (du if need_x else None, du if need_residual else None, *dparameters, *nothing[8:])
 
@@ -208,7 +210,9 @@ def steer_directly(
         way = _direct_way(x.device, x.dtype, None if x.is_cpu else _preferred(x, weight), *settings)
     except (TypeError, AttributeError, IndexError, KeyError):  # no tensor, no setting or no backend: the checks have the words
         return None
-    if way is None:
+    # Whoever packs what is saved is to get what the operator saves: checkpointing, for one, compares it with what the recomputation saves,
+    # which may be watched, or find its inputs laid out differently.
+    if way is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
     direct, norm, eps, pool, pool_size, top_k, renormalize, backend = way
     tensors = (x, residual, weight, bias, vectors, scale, norm_weight, norm_bias)
@@ -279,6 +283,7 @@ def _is_watched() -> bool:
     return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
@@ -344,13 +349,8 @@ def _needed_gradients(
     if y.numel() == 0:
         return [y.new_zeros(shape, dtype=dtype) for shape, dtype in _gradients_like(y, gates, weight, needs)]
     module = select_backend(backend, y.device, y.dtype, _shape(y, weight))
-    return module.steer_backward(
-        *_contiguous(dy, dnormed, dgates),
-        y,
-        gates,
-        probs,
-        stats,
-        *_contiguous(weight, vectors, scale, norm_weight),
+    return module.steer_backward(  # what was saved is contiguous, too, unless hooks have packed and unpacked it
+        *_contiguous(dy, dnormed, dgates, y, gates, probs, stats, weight, vectors, scale, norm_weight),
         _options(weight.shape[0], *options),
         needs,
     )

@@ -1,5 +1,7 @@
 #include "../direct.h"
 
+#include <pybind11/gil_safe_call_once.h>
+
 #include "cpu.h"
 #include "direct.h"
 #include "memory.h"
@@ -14,7 +16,7 @@ class Runner {
  public:
   static constexpr const char* kName = "cpu";
 
-  Runner(const TensorView& stream, bool fill) : is_here_(stream.device.type == Device::kCpu), fill_(fill) {}
+  Runner(py::handle, const TensorView& stream, bool fill) : is_here_(stream.device.type == Device::kCpu), fill_(fill) {}
 
   bool takes(const Problem&) {
     const char* level = std::getenv("STEERMOE_SIMD");
@@ -26,6 +28,7 @@ class Runner {
     std::int64_t bytes = bytes_of(dtype);
     for (const std::int64_t size : shape) bytes *= size;
     const Block block = take_block(bytes);
+    if (block.data == nullptr) return py::none();
     data = block.data;
     if (fill_) std::memset(data, 0xFF, static_cast<std::size_t>(bytes));  // a NaN in every one of the dtypes
     return adopt_memory(dtype, shape, data, block.size, [](void* memory, std::int64_t size) { give_back({memory, size}); });
@@ -47,8 +50,10 @@ class Runner {
 
  private:
   static int torch_threads() {
-    static const py::object* const get = new py::object(py::module_::import("torch").attr("get_num_threads"));
-    return (*get)().cast<int>();
+    // An import may let other threads run, and these must not wait here, holding the interpreter's lock.
+    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> get;
+    get.call_once_and_store_result([] { return py::module_::import("torch").attr("get_num_threads").cast<py::object>(); });
+    return get.get_stored()().cast<int>();
   }
 
   bool is_here_, fill_;

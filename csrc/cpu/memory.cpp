@@ -23,7 +23,6 @@ std::int64_t rounded(std::int64_t bytes, std::int64_t unit) { return (bytes + un
 Block new_block(std::int64_t bytes) {
   const std::int64_t alignment = bytes < kSmallestKept ? 64 : kLargePage, size = std::max(alignment, rounded(bytes, alignment));
   void* data = std::aligned_alloc(static_cast<std::size_t>(alignment), static_cast<std::size_t>(size));
-  if (data == nullptr) throw std::bad_alloc();
   prefer_large_pages(data, size);
   return {data, size};
 }
@@ -31,7 +30,8 @@ Block new_block(std::int64_t bytes) {
 std::int64_t limit() {
   static const std::int64_t bytes = [] {
     const char* megabytes = std::getenv("STEERMOE_KEEP_MB");
-    return std::max<std::int64_t>(0, megabytes == nullptr ? 256 : std::atoll(megabytes)) << 20;
+    constexpr std::int64_t kMost = 1LL << 40;  // an exabyte, whose bytes can be counted
+    return std::clamp<std::int64_t>(megabytes == nullptr ? 256 : std::atoll(megabytes), 0, kMost) << 20;
   }();
   return bytes;
 }
@@ -60,12 +60,24 @@ struct Store {
   bool keep(Block block) {
     const std::unique_lock<std::mutex> lock(guard, std::try_to_lock);
     if (!lock.owns_lock() || block.size > limit()) return false;
-    blocks.push_back(block);
+    try {
+      blocks.push_back(block);
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
     for (total += block.size; total > limit(); blocks.erase(blocks.begin())) {
       total -= blocks.front().size;
       std::free(blocks.front().data);
     }
     return true;
+  }
+
+  void clear() {
+    const std::unique_lock<std::mutex> lock(guard, std::try_to_lock);
+    if (!lock.owns_lock()) return;
+    for (const Block& kept : blocks) std::free(kept.data);
+    blocks.clear();
+    total = 0;
   }
 };
 
@@ -78,7 +90,13 @@ Store& store() {
 
 Block take_block(std::int64_t bytes) {
   Block block;
-  return bytes >= kSmallestKept && store().find(bytes, block) ? block : new_block(bytes);
+  if (bytes >= kSmallestKept && store().find(bytes, block)) return block;
+  block = new_block(bytes);
+  if (block.data == nullptr) {
+    store().clear();
+    block = new_block(bytes);
+  }
+  return block;
 }
 
 void give_back(Block block) noexcept {

@@ -14,7 +14,7 @@ struct Block {
   std::int64_t size;
 };
 
-// Room for `bytes` or somewhat more, aligned to a cache line, uninitialised. Throws std::bad_alloc.
+// Room for `bytes` or somewhat more, aligned to a cache line, uninitialised. Null where there is none, even with all that is kept given up.
 Block take_block(std::int64_t bytes);
 
 // Gives back a block that was taken. From any thread.

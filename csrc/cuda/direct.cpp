@@ -20,13 +20,13 @@ class Runner {
   static constexpr const char* kName = "cuda";
 
   // Torch's allocator fills memory by itself where it is asked to.
-  Runner(const TensorView& stream, bool) : device_(stream.device) {}
+  Runner(py::handle tensor, const TensorView& stream, bool) : tensor_(tensor), device_(stream.device) {}
 
   bool takes(const Problem& p) {
     return device_.type == STEER_DEVICE && p.stream != DType::kFloat64 && p.experts <= kMaxExperts && current_stream(device_, stream_);
   }
 
-  py::object make(DType dtype, const Shape& shape, void*& data) const { return allocate_tensor(dtype, shape, device_, data); }
+  py::object make(DType dtype, const Shape& shape, void*& data) const { return allocate_tensor(tensor_, dtype, shape, data); }
 
   bool forward(const Forward& call) const {
     const py::gil_scoped_release release;
@@ -47,6 +47,7 @@ class Runner {
  private:
   static constexpr std::int64_t kMaxExperts = 256;
 
+  py::handle tensor_;
   Device device_;
   void* stream_ = nullptr;
 };

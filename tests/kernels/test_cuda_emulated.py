@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_errors_within, stack
-from problems import Problem, draw, fused
+from problems import Problem, call, draw, fused
 from test_accuracy import _allowed, _as_float32, _compared, assert_accurate_with_large_steering
 
 from steermoe_kernels import functional as SF
@@ -185,6 +185,14 @@ def test_the_direct_way_gives_the_same_bits(problem: Problem, dtype: torch.dtype
     usual = fused(problem, inputs, incoming, "cuda")
     for name, tensor in usual.items():
         assert direct[name].dtype == tensor.dtype and torch.equal(direct[name], tensor), name
+
+
+def test_results_by_the_direct_way_lie_in_memory_that_torch_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Borrowed memory is passed over by `record_stream`, and handed out again while another stream still reads it."""
+    monkeypatch.delattr(get_module(), "steer_forward")
+    inputs, _ = draw(P(frames=9, width=40, num_experts=8, norm="layer"), torch.float32)
+    for name, tensor in call(SF, P(norm="layer"), inputs, {"backend": "cuda"}).items():
+        assert tensor.untyped_storage().resizable(), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])

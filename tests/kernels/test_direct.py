@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
@@ -17,6 +18,7 @@ import torch
 from problems import Problem, call, draw, fused
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from steermoe_kernels import functional as SF
 from steermoe_kernels import ops
@@ -256,6 +258,79 @@ def test_watched_from_the_backward_on(shape: tuple[int, ...], taken: list[str]) 
     assert taken == ["forward", "backward", "forward"]
 
 
+@pytest.mark.parametrize("shape", [(4, 5), (2, 3, 5)])
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+def test_a_checkpoint_whose_recomputation_goes_another_way(watched: str, shape: tuple[int, ...]) -> None:
+    """It compares what the forward saves with what the recomputation does, in number and shape."""
+    leaves = [torch.randn(size, requires_grad=True) for size in (shape, (3, 5), (3, 5), ())]
+
+    def watch(direction: str) -> Any:
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        return profiler if direction == watched else contextlib.nullcontext()
+
+    def run(x: Tensor, weight: Tensor, vectors: Tensor, scale: Tensor) -> Tensor:
+        return SF.steer(2 * x, weight, None, vectors, scale)[0].square().sum()
+
+    expected = torch.autograd.grad(run(*leaves), leaves)
+    with watch("forward"):
+        loss = checkpoint(run, *leaves, use_reentrant=False)
+    with watch("backward"):
+        loss.backward()
+    for leaf, grad in zip(leaves, expected, strict=True):
+        assert leaf.grad is not None and torch.equal(leaf.grad, grad)
+
+
+def test_what_is_saved_may_come_back_laid_out_otherwise(taken: list[str]) -> None:
+    """Hooks may pack it, and see what the operator saves; its shape, not its strides, is what they give back."""
+    leaves = [torch.randn(size, requires_grad=True) for size in ((2, 4, 5), (3, 5), (3, 5), ())]
+    incoming = torch.randn(2, 4, 5)
+
+    def differentiate() -> tuple[Tensor, ...]:
+        x, weight, vectors, scale = leaves
+        y, gates = SF.steer(x, weight, None, vectors, scale)
+        return torch.autograd.grad((y, gates), leaves, (incoming, incoming[..., :3].contiguous()))
+
+    expected = differentiate()
+    assert taken == ["forward", "backward"]
+
+    def reverse(tensor: Tensor) -> Tensor:
+        return tensor.permute(tuple(reversed(range(tensor.dim()))))
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: reverse(tensor).contiguous(), reverse):
+        hooked = differentiate()
+    assert taken == ["forward", "backward"]
+    for grad, wanted in zip(hooked, expected, strict=True):
+        assert torch.equal(grad, wanted)
+
+
+@pytest.mark.parametrize("through", [0, 2])
+def test_a_norm_that_nothing_incoming_depends_on(through: int, long_way: Callable[[], None]) -> None:
+    """Its parameters' gradients are zeros: they were in the graph, and optimizers tell zeros from None."""
+    leaves = [torch.randn(size, requires_grad=True) for size in ((4, 5), (3, 5), (3, 5), (), (5,), (5,))]
+
+    def differentiate() -> tuple[Tensor, ...]:
+        x, weight, vectors, scale, gamma, beta = leaves
+        output = SF.steer_norm(x, weight, None, vectors, scale, gamma, beta)[through]
+        return torch.autograd.grad(output, leaves, torch.linspace(0, 1, output.numel()).view(output.shape))
+
+    direct = differentiate()
+    long_way()
+    for grad, wanted in zip(direct, differentiate(), strict=True):
+        assert torch.equal(grad, wanted)
+    assert not direct[4].any() and not direct[5].any()
+
+
+def test_a_tracer_before_the_dispatcher_sees_the_operator(taken: list[str]) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    arguments = torch.randn(4, 5), torch.randn(3, 5), torch.randn(3), torch.randn(3, 5), torch.tensor(0.5)
+    graph = make_fx(lambda *tensors: SF.steer(*tensors), pre_dispatch=True)(*arguments)
+    assert taken == [] and "steermoe.steer.default" in {str(node.target) for node in graph.graph.nodes}
+    others = tuple(torch.randn_like(argument) for argument in arguments)
+    for output, expected in zip(graph(*others), SF.steer(*others), strict=True):
+        assert torch.equal(output, expected)
+
+
 def test_second_derivatives_are_refused(taken: list[str]) -> None:
     h, weight, vectors = torch.randn(4, 5, requires_grad=True), torch.randn(3, 5), torch.randn(3, 5)
     y, _ = SF.steer(h, weight, None, vectors, torch.tensor(0.5))
@@ -308,7 +383,7 @@ def test_smaller_results_are_left_to_the_c_library(frames: int) -> None:
     assert cpu._core().kept_bytes() == before
 
 
-@pytest.mark.parametrize("megabytes, kept", [("0", 0), ("40", 36), ("100", 72), ("1000", 108), ("nonsense", 0)])
+@pytest.mark.parametrize("megabytes, kept", [("0", 0), ("40", 36), ("100", 72), ("1000", 108), ("nonsense", 0), (str(10**17), 108)])
 def test_how_much_is_kept_has_a_limit(megabytes: str, kept: int) -> None:
     """Three results of 35.2 MB in blocks of 36."""
     program = (
@@ -320,6 +395,38 @@ def test_how_much_is_kept_has_a_limit(megabytes: str, kept: int) -> None:
     environment = os.environ | {"STEERMOE_KEEP_MB": megabytes}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout) == kept
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no way to ask how much memory is in use")
+def test_where_there_is_no_memory() -> None:
+    """Torch says so, in its words, and only after what was kept for later has been given up."""
+    program = (
+        "import resource, torch; from steermoe_kernels import functional as SF; from steermoe_kernels.backends import cpu\n"
+        "torch.set_num_threads(1); h = torch.zeros(40000, 512); rest = torch.zeros(2, 512), None, torch.zeros(2, 512), torch.tensor(0.5)\n"
+        "SF.steer(h, *rest); assert cpu._core().kept_bytes() >= h.nbytes\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, used + 2**24))\n"
+        "y, _ = SF.steer(h[:25000], *rest); assert cpu._core().kept_bytes() == 0\n"
+        "try: SF.steer(h, *rest)\n"
+        "except RuntimeError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "DefaultCPUAllocator" in done.stdout
+
+
+def test_threads_that_come_first_do_not_wait_for_each_other() -> None:
+    """The first call imports something, in which another thread may get its turn."""
+    program = (
+        "import builtins, threading, time, torch; from steermoe_kernels import functional as SF\n"
+        "arguments = torch.randn(4, 5), torch.randn(3, 5), None, torch.randn(3, 5), torch.tensor(0.5)\n"
+        "original = builtins.__import__\n"
+        "def slow(*arguments, **named): time.sleep(0.05); return original(*arguments, **named)\n"
+        "builtins.__import__ = slow\n"
+        "threads = [threading.Thread(target=SF.steer, args=arguments) for _ in range(4)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_many_threads_at_once() -> None:
