@@ -1,5 +1,5 @@
-// PyTorch's tensors without PyTorch's headers, by the exchange that the DLPack standard lays down for C programs (its version 1; torch
-// has it from 2.10 on): a table of functions that look at a tensor and make one, in a capsule at the type.
+// PyTorch's tensors without PyTorch's headers, by the exchange that the DLPack standard lays down for C programs (its version 1, as
+// torch 2.11 and later have it): a table of functions that look at a tensor and make one, in a capsule at the type.
 #pragma once
 
 #include <pybind11/pybind11.h>

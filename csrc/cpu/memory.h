@@ -1,4 +1,4 @@
-// Memory for results, and large pages for that of others.
+// Memory for results, and large pages for any.
 //
 // Memory that is new to the process costs a fault for every page that is written first: for a stream that takes longer than to steer it.
 // The C library keeps what is freed, and hands it out again while it still lies in a cache: nothing is better, up to the size from which on
@@ -23,8 +23,8 @@ void give_back(Block block) noexcept;
 // Bytes kept for later at the moment; their limit is STEERMOE_KEEP_MB megabytes (256), 0 keeps none.
 std::int64_t kept_bytes();
 
-// Asks the system to back `bytes` of somebody else's memory from `first` on with pages of 2 MB. Memory that is not worth it is left alone,
-// and a refusal changes nothing.
+// Asks the system to back `bytes` from `first` on with pages of 2 MB. What is too short for them is left alone, and a refusal changes
+// nothing. `first` may be null.
 void prefer_large_pages(void* first, std::int64_t bytes);
 
 }  // namespace steer::cpu

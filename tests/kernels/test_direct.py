@@ -376,6 +376,18 @@ def test_memory_is_used_again_but_not_while_it_is_in_use() -> None:
     assert SF.steer(*arguments)[0].data_ptr() == place
 
 
+def test_memory_of_another_size_is_left_for_its_own() -> None:
+    h, *rest = _large()
+    place = SF.steer(h, *rest)[0].data_ptr()
+    longer = SF.steer(torch.cat((h, h)), *rest)[0]
+    assert longer.data_ptr() != place, "it is too short"
+    place = longer.data_ptr()
+    del longer
+    first, second = SF.steer(h, *rest)[0], SF.steer(h, *rest)[0]
+    assert place not in (first.data_ptr(), second.data_ptr()), "it is much too long"
+    assert SF.steer(torch.cat((h, h))[:17000], *rest)[0].data_ptr() == place, "a little shorter fits"
+
+
 @pytest.mark.parametrize("frames", [4, 8000])
 def test_smaller_results_are_left_to_the_c_library(frames: int) -> None:
     before = cpu._core().kept_bytes()
