@@ -5,20 +5,20 @@
 // a look, by answering None: the operator then goes the long way, which also has the sentences for what is wrong.
 //
 // A Runner is where a call runs:
-//   Runner(handle tensor, TensorView stream, bool fill)  on the stream's device; with `fill`, results begin as NaN
+//   Runner(handle tensor, TensorView stream)  on the stream's device
 //   bool takes(Problem)                   whether it can run the problem here and now
 //   object make(DType, Shape, void*&)     room for a result, and where its numbers go; None if there is none
 //   bool forward(Forward), bool backward(Backward)
 #pragma once
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <array>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
 
+#include "function.h"
 #include "tensors.h"
 
 namespace steer {
@@ -45,8 +45,8 @@ class Direct {
   using Object = pybind11::object;
 
  public:
-  static Object forward(const Settings& settings, Handle x, Handle residual, Handle weight, Handle bias, Handle vectors, Handle scale,
-                        Handle norm_weight, Handle norm_bias, bool fill) {
+  static Object forward(const Settings& settings, PyObject* const* arguments) {
+    const auto [x, residual, weight, bias, vectors, scale, norm_weight, norm_bias] = unpack<8>(arguments);
     TensorView stream, added;
     Parameters given;
     Forward call;
@@ -58,7 +58,7 @@ class Direct {
     const Shape shape = stream.copy_shape();
     if (added.data != nullptr && (added.dtype != stream.dtype || !(added.device == stream.device) || added.copy_shape() != shape))
       return pybind11::none();
-    Runner runner(x, stream, fill);
+    Runner runner(x, stream);
     if (!may_run(settings, Runner::kName) || !runner.takes(p)) return pybind11::none();
 
     call.x = stream.data;
@@ -76,9 +76,10 @@ class Direct {
     return results.complete() && runner.forward(call) ? results.tuple() : pybind11::none();
   }
 
-  static Object backward(const Settings& settings, Handle dy, Handle dnormed, Handle dgates, Handle y, Handle gates, Handle probs,
-                         Handle stats, Handle weight, Handle vectors, Handle scale, Handle norm_weight, const std::array<bool, 7>& needs,
-                         bool fill) {
+  static Object backward(const Settings& settings, PyObject* const* arguments) {
+    const auto [dy, dnormed, dgates, y, gates, probs, stats, weight, vectors, scale, norm_weight, wishes] = unpack<12>(arguments);
+    std::array<bool, 7> needs;
+    for (std::size_t i = 0; i < needs.size(); ++i) needs[i] = pybind11::reinterpret_borrow<pybind11::sequence>(wishes)[i].cast<bool>();
     TensorView steered, dsteered, dn, dg, g, probabilities, statistics;
     Parameters given;
     Backward call;
@@ -95,7 +96,7 @@ class Direct {
     if (!comes_as(dsteered, steered.dtype, steered.numel()) || !comes_as(dn, steered.dtype, p.batch * p.pooled * p.width) ||
         !comes_as(dg, wide, g.numel()))
       return pybind11::none();
-    Runner runner(y, steered, fill);
+    Runner runner(y, steered);
     if (!may_run(settings, Runner::kName) || !runner.takes(p)) return pybind11::none();
 
     call.dy = dsteered.data, call.dnormed = dn.data, call.dgates = dg.data;
@@ -114,15 +115,17 @@ class Direct {
 
   static void define(pybind11::module_& module) {
     namespace py = pybind11;
-    py::class_<Settings>(module, "Settings", py::module_local())
-        .def(py::init([](int norm, double eps, int pool, std::int64_t pool_size, std::int64_t top_k, bool renormalize, bool automatic) {
-               return Settings{static_cast<Norm>(norm), eps, static_cast<Pool>(pool), pool_size, top_k, renormalize, automatic};
-             }),
-             py::arg("norm"), py::arg("eps"), py::arg("pool"), py::arg("pool_size"), py::arg("top_k"), py::arg("renormalize"),
-             py::arg("automatic"));
     module.def("connect_tensors", &connect_tensors, "Whether tensors of these types can be looked at directly.");
-    module.def("direct_forward", &Direct::forward);
-    module.def("direct_backward", &Direct::backward);
+    module.def(
+        "direct_way",
+        [](int norm, double eps, int pool, std::int64_t pool_size, std::int64_t top_k, bool renormalize, bool automatic) {
+          const py::capsule state = hold_state(std::unique_ptr<const Settings>(
+              new Settings{static_cast<Norm>(norm), eps, static_cast<Pool>(pool), pool_size, top_k, renormalize, automatic}));
+          return py::make_tuple(Function<&Direct::forward, 8>::make("direct_forward", state),
+                                Function<&Direct::backward, 12>::make("direct_backward", state));
+        },
+        "The functions forward and backward of such passes.", py::arg("norm"), py::arg("eps"), py::arg("pool"), py::arg("pool_size"),
+        py::arg("top_k"), py::arg("renormalize"), py::arg("automatic"));
   }
 
  private:

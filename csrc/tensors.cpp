@@ -54,7 +54,9 @@ struct Exchange {
 
 const Exchange* exchange = nullptr;
 PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
-PyObject* dtypes[4];  // torch's, in the order of DType
+// Torch's: dtypes in the order of DType, and functions.
+PyObject* dtypes[4];
+PyObject *is_neg, *new_empty, *get_num_threads, *is_deterministic, *is_filling;
 
 bool element_to_dtype(ElementType element, DType& dtype) {
   if (element.lanes != 1) return false;
@@ -105,6 +107,12 @@ void bury(ManagedTensor* managed) {
   owner->free(managed->tensor.data, owner->size);
 }
 
+bool says_yes(PyObject* question) {
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(question));
+  if (!answer) throw py::error_already_set();
+  return answer.is(py::handle(Py_True));
+}
+
 // The Python object of a tensor, which is handed over whatever happens; none where torch refuses, with nothing raised.
 py::object to_object(ManagedTensor* managed) {
   void* object = nullptr;
@@ -133,9 +141,14 @@ bool connect_tensors(py::handle tensor, py::handle parameter) {
   if (table->version.major != kMajor || table->from_object == nullptr) return false;
   if (exchange != nullptr) return true;
   const py::module_ torch = py::module_::import("torch");
+  const auto keep = [](py::handle object, const char* name) { return py::object(object.attr(name)).release().ptr(); };
   std::size_t next = 0;
-  for (const char* name : {"float32", "float16", "bfloat16", "float64"})
-    dtypes[next++] = torch.attr(name).cast<py::object>().release().ptr();
+  for (const char* name : {"float32", "float16", "bfloat16", "float64"}) dtypes[next++] = keep(torch, name);
+  is_neg = keep(tensor, "is_neg");
+  new_empty = keep(tensor, "new_empty");
+  get_num_threads = keep(torch, "get_num_threads");
+  is_deterministic = keep(torch.attr("_C"), "_get_deterministic_algorithms");
+  is_filling = keep(torch.attr("_C"), "_get_deterministic_fill_uninitialized_memory");
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   exchange = table;
@@ -145,8 +158,7 @@ bool connect_tensors(py::handle tensor, py::handle parameter) {
 bool view_tensor(py::handle object, TensorView& view) {
   const PyTypeObject* type = Py_TYPE(object.ptr());
   if (exchange == nullptr || (type != tensor_type && type != parameter_type)) return false;
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-  const auto negates = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
+  const auto negates = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg, object.ptr()));
   Tensor tensor;
   if (!negates || exchange->from_object(object.ptr(), &tensor) != 0) {
     PyErr_Clear();
@@ -175,12 +187,11 @@ py::object adopt_memory(DType dtype, const Shape& shape, void* data, std::int64_
 }
 
 py::object allocate_tensor(py::handle like, DType dtype, const Shape& shape, void*& data) {
-  static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
   static PyObject* const names = Py_BuildValue("(s)", "dtype");
   py::tuple sizes(shape.size());
   for (std::size_t axis = 0; axis < shape.size(); ++axis) sizes[axis] = shape[axis];
   PyObject* const arguments[] = {like.ptr(), sizes.ptr(), dtypes[static_cast<int>(dtype)]};
-  auto tensor = py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(new_empty, arguments, 2, names));
+  auto tensor = py::reinterpret_steal<py::object>(PyObject_Vectorcall(new_empty, arguments, 2, names));
   TensorView view;
   if (!tensor || !view_tensor(tensor, view)) {
     PyErr_Clear();
@@ -206,6 +217,15 @@ bool current_stream(Device device, void*& stream) {
   PyErr_Clear();
   return false;
 }
+
+int thread_count() {
+  const auto count = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(get_num_threads));
+  const long threads = count ? PyLong_AsLong(count.ptr()) : -1;
+  if (threads < 0) throw py::error_already_set();
+  return static_cast<int>(threads);
+}
+
+bool fills_memory() { return says_yes(is_deterministic) && says_yes(is_filling); }
 
 std::int64_t bytes_of(DType dtype) { return dtype_to_element(dtype).bits / 8; }
 

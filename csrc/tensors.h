@@ -36,7 +36,7 @@ struct TensorView {
   Shape copy_shape() const { return Shape(shape, shape + rank); }
 };
 
-// Gets to know torch.Tensor and torch.nn.Parameter. False if this torch has no such exchange.
+// Gets to know torch, by torch.Tensor and torch.nn.Parameter. False if this torch has no such exchange.
 bool connect_tensors(pybind11::handle tensor_type, pybind11::handle parameter_type);
 
 // Looks at an object. False unless it is a tensor, or a parameter, that is what TensorView says, not of a subclass, and not a view that
@@ -57,6 +57,12 @@ pybind11::object allocate_bytes(std::int64_t bytes, Device device, void*& data);
 
 // Torch's current stream of a device, a cudaStream_t. False where torch cannot say.
 bool current_stream(Device device, void*& stream);
+
+// Torch's threads on the CPU.
+int thread_count();
+
+// Whether torch fills memory that nobody has written yet.
+bool fills_memory();
 
 std::int64_t bytes_of(DType dtype);
 

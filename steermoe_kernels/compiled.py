@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,17 +80,11 @@ def backward_results(y: Tensor, gates: Tensor, weight: Tensor, needs: list[bool]
     ]
 
 
-class DirectWay:
+class DirectWay(NamedTuple):
     """Tensors to tensors in one call of a compiled module (csrc/direct.h), as `steermoe_kernels.backends` describes it."""
 
-    def __init__(self, module: ModuleType, settings: Any) -> None:
-        self._settings, self._forward, self._backward = settings, module.direct_forward, module.direct_backward
-
-    def forward(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        return self._forward(self._settings, *tensors, _fills_memory())
-
-    def backward(self, *tensors_and_needs: Any) -> tuple[Tensor | None, ...] | None:
-        return self._backward(self._settings, *tensors_and_needs, _fills_memory())
+    forward: Callable[..., tuple[Tensor | None, ...] | None]
+    backward: Callable[..., tuple[Tensor | None, ...] | None]
 
 
 def direct_way(module: ModuleType, options: Options, automatic: bool) -> DirectWay | None:
@@ -97,9 +92,5 @@ def direct_way(module: ModuleType, options: Options, automatic: bool) -> DirectW
     if os.environ.get("STEERMOE_DIRECT") == "0" or not module.connect_tensors(Tensor, torch.nn.Parameter):
         return None
     norm, pool = _NORMS[options.norm], _POOLS[options.pool]
-    return DirectWay(module, module.Settings(norm, options.eps, pool, options.pool_size, options.top_k, options.renormalize, automatic))
-
-
-def _fills_memory() -> bool:
-    """Whether torch fills memory that nobody has written yet."""
-    return torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    way = module.direct_way(norm, options.eps, pool, options.pool_size, options.top_k, options.renormalize, automatic)
+    return DirectWay(*way)

@@ -20,7 +20,7 @@ class Runner {
   static constexpr const char* kName = "cuda";
 
   // Torch's allocator fills memory by itself where it is asked to.
-  Runner(py::handle tensor, const TensorView& stream, bool) : tensor_(tensor), device_(stream.device) {}
+  Runner(py::handle tensor, const TensorView& stream) : tensor_(tensor), device_(stream.device) {}
 
   bool takes(const Problem& p) {
     return device_.type == STEER_DEVICE && p.stream != DType::kFloat64 && p.experts <= kMaxExperts && current_stream(device_, stream_);
