@@ -11,6 +11,7 @@
 #include "cpu/direct.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
+#include "eager.h"
 
 namespace py = pybind11;
 
@@ -107,6 +108,7 @@ PYBIND11_MODULE(_cpu, module) {
       py::arg("stats"), py::arg("results"), py::arg("threads"), py::arg("level") = "");
 
   steer::cpu::define_direct(module);
+  steer::define_eager(module);
   module.def("kept_bytes", &steer::cpu::kept_bytes, "Memory of results that are gone, kept for the next ones.");
   module.def("simd_level", [] { return kernels("").name; }, "The instruction set chosen for this processor.");
   module.def("has_level", [](const std::string& level) { return steer::cpu::find_kernels(level.c_str()) != nullptr; }, py::arg("level"));

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from .backends import Options
 from .reference import compute_dtype
 
-__all__ = ["DTYPES", "DirectWay", "address", "backward_results", "direct_way", "forward_results", "problem"]
+__all__ = ["DTYPES", "DirectWay", "address", "backward_results", "direct_way", "eager", "forward_results", "problem"]
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 _NORMS = {"": 0, "layer": 1, "rms": 2}
@@ -94,3 +96,18 @@ def direct_way(module: ModuleType, options: Options, automatic: bool) -> DirectW
     norm, pool = _NORMS[options.norm], _POOLS[options.pool]
     way = module.direct_way(norm, options.eps, pool, options.pool_size, options.top_k, options.renormalize, automatic)
     return DirectWay(*way)
+
+
+def eager(watchers: tuple[Callable[[], Any], ...], *answers: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+    """The functions ``steer``, ``differentiate`` and ``forget`` of csrc/eager.cpp, for all backends. Where it cannot run, they do nothing.
+
+    ``answers``: ``prefer``, ``find`` and ``remember``.
+    """
+    try:
+        module = importlib.import_module("steermoe_kernels._cpu")
+    except ImportError:
+        module = None
+    if module is None or not module.connect_tensors(Tensor, torch.nn.Parameter):
+        return (lambda *arguments: None,) * 3
+    hooks = partial(torch._C._autograd._top_saved_tensors_default_hooks, True)  # which torch 2.6 and 2.7 do not have
+    return module.eager(watchers, torch.is_grad_enabled, hooks, *answers)

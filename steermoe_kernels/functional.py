@@ -39,7 +39,9 @@ def steer(
     differentiable, once, in reverse mode. Raises ValueError and TypeError for arguments that do not fit, RuntimeError for a backend that
     cannot run.
     """
-    y, _, gates = _run(h, None, weight, bias, vectors, scale, None, None, "", 0.0, False, None, 1, top_k, renormalize, backend)
+    settings = ("", 0.0, False, None, 1, top_k, renormalize, backend)
+    results = ops.steer_directly(h, None, weight, bias, vectors, scale, None, None, settings)
+    y, _, gates = results or _run(h, None, weight, bias, vectors, scale, None, None, *settings)
     return y, gates
 
 
@@ -71,7 +73,8 @@ def steer_norm(
     Raises as `steer`.
     """
     settings = ("layer", eps, rms, pool, pool_size, top_k, renormalize, backend)
-    return _run(x, residual, weight, bias, vectors, scale, norm_weight, norm_bias, *settings)
+    results = ops.steer_directly(x, residual, weight, bias, vectors, scale, norm_weight, norm_bias, settings)
+    return results or _run(x, residual, weight, bias, vectors, scale, norm_weight, norm_bias, *settings)  # type: ignore[return-value]
 
 
 def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -105,11 +108,6 @@ def _run(
     renormalize: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    directly = ops.steer_directly(
-        x, residual, weight, bias, vectors, scale, norm_weight, norm_bias, norm, eps, rms, pool, pool_size, top_k, renormalize, backend
-    )
-    if directly is not None:
-        return directly  # type: ignore[return-value]
     pool_size = check_pool(pool, pool_size)
     eps = check_norm(eps, rms)
     check_renormalize(renormalize)
@@ -136,7 +134,7 @@ def _run(
     else:
         frames = x.reshape(1, math.prod(lead), width)  # lead.numel() would be a constant to tracers
         residual_frames = None if residual is None else residual.reshape(frames.shape)
-    y, normed, gates, _, _ = ops.steer(
+    y, normed, gates = ops.steer(
         frames,
         residual_frames,
         weight,

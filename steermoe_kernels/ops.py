@@ -10,17 +10,19 @@ normalised frame. The step is undone, ``u = y - s (g V)``, instead of storing ``
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from . import choice
 from .backends import Options, automatic_backend, get_backend, select_backend
 from .checks import check_norm, check_pool, check_projection, check_tensors, check_top_k
 from .choice import Shape
+from .compiled import eager
 from .reference import compute_dtype
 
 __all__ = ["project", "steer", "steer_directly"]
@@ -121,37 +123,38 @@ def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor | None, ...
     _, _, weight, _, vectors, scale, norm_weight, _, *settings = inputs
     y, _, gates, probs, stats = output
     ctx.save_for_backward(y, gates, probs, stats, weight, vectors, scale, norm_weight)
-    ctx.settings = settings
-    ctx.direct = None
-    ctx.mark_non_differentiable(*(tensor for tensor in (probs, stats) if tensor is not None))
+    ctx.way = (None, None, *settings)
+    ctx.mark_non_differentiable(probs, stats)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, dnormed: Tensor | None, dgates: Tensor | None, *_: None) -> tuple:
-    y, gates, probs, stats, weight, vectors, scale, norm_weight = ctx.saved_tensors
+def _differentiate_saved(ctx: Any, saved: tuple, dy: Tensor | None, dnormed: Tensor | None, dgates: Tensor | None, *_: None) -> tuple:
+    y, gates, probs, stats, weight, vectors, scale, norm_weight = saved
     need_x, need_residual, *need_parameters = ctx.needs_input_grad[:8]
     if dnormed is not None and dnormed.numel() == 0:
         dnormed = None
     needs = [need_x or need_residual, *need_parameters]
-    nothing = (None,) * (8 + len(ctx.settings))
+    directly, _, norm, eps, pool, pool_size, top_k, renormalize, backend = ctx.way
+    settings = (norm, eps, pool, pool_size, top_k or weight.shape[0], renormalize, backend)
+    nothing = (None,) * (8 + len(settings))
     if dy is None and dnormed is None and dgates is None:
         return nothing
     tensors = (dy, dnormed, dgates, y, gates, probs, stats, weight, vectors, scale, norm_weight)
-    grads = None
-    if ctx.direct is not None and not torch.is_grad_enabled() and not _is_watched():
-        grads = ctx.direct.backward(*tensors, needs)
-    if grads is None:
-        arguments = (*(_by_frames(tensors) if ctx.direct is not None else tensors), *ctx.settings, needs)
-        if torch.is_grad_enabled() or _is_observed(arguments):  # with gradients of gradients, to refuse them
-            grads = torch.ops.steermoe.steer_backward(*arguments)
-        else:
-            grads = _needed_gradients(*arguments)
-        if ctx.direct is not None:
-            grads = (None if grads[0] is None else grads[0].view(y.shape), *grads[1:])
+    arguments = (*(_by_frames(tensors) if directly else tensors), *settings, needs)
+    if torch.is_grad_enabled() or _is_observed(arguments):  # with gradients of gradients, to refuse them
+        grads = torch.ops.steermoe.steer_backward(*arguments)
+    else:
+        grads = _needed_gradients(*arguments)
+    if directly and grads[0] is not None:
+        grads = (grads[0].view(y.shape), *grads[1:])
     if dnormed is None and (needs[5] or needs[6]):  # backends may leave out what is zero, but None would mean that nothing depends on it
         grads = [gates.new_zeros(y.shape[-1]) if need and grad is None else grad for grad, need in zip(grads, needs, strict=True)]
     du, *dparameters = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return (du if need_x else None, du if need_residual else None, *dparameters, *nothing[8:])
+
+
+def _differentiate(ctx: Any, *grads: Any) -> tuple:
+    return _differentiate_saved(ctx, ctx.saved_tensors, *grads)
 
 
 torch.library.register_autograd("steermoe::steer", _differentiate, setup_context=_keep_for_backward, lib=_lib)
@@ -161,80 +164,62 @@ class _Steer(torch.autograd.Function):
     """Results that have been computed, with the way back to what they were computed from: the operator's, without its dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
-        *tensors, settings, direct, results = inputs
-        _keep_for_backward(ctx, (*tensors, *settings), results)  # no `setup_context`, for which torch looks at signatures at every call
-        ctx.direct = direct
-        return results
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:  # no `setup_context`, for which torch looks at signatures
+        _, _, weight, _, vectors, scale, norm_weight, _, way, (y, normed, gates, probs, stats) = inputs
+        ctx.save_for_backward(y, gates, probs, stats, weight, vectors, scale, norm_weight)
+        ctx.set_materialize_grads(False)
+        ctx.way = way
+        return y, normed, gates
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        return (*_differentiate(ctx, *grads)[:8], None, None, None)  # type: ignore[arg-type]
+        saved = ctx.saved_tensors  # once: checkpointing refuses to give them twice
+        results = None if is_dynamo_compiling() else _differentiate_eagerly(ctx, saved, *grads)
+        return results or (*_differentiate_saved(ctx, saved, *grads)[:8], None, None)  # type: ignore[arg-type]
 
 
-def steer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``steermoe::steer``, whose arguments these are, by a shorter way where nobody looks.
+# Without what `Function.apply` does for functorch's transforms: where they are active, nobody comes here.
+_remember = super(torch.autograd.Function, _Steer).apply
+
+
+def steer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``y``, ``normed`` and gates of ``steermoe::steer``, whose arguments these are, by a shorter way where nobody looks.
 
     A Python operator's way through the dispatcher and back takes longer than a short clip's frames do. It is gone only where it serves
     somebody: tracers, compilers, dispatch modes, functorch's transforms, tensors that are not what they seem, the profiler.
     """
     _refuse_forward_mode(arguments)
     if _is_observed(arguments):
-        return torch.ops.steermoe.steer.default(*arguments)
+        return torch.ops.steermoe.steer.default(*arguments)[:3]
     if not torch.is_grad_enabled():
-        return _steer(*arguments)
+        return _steer(*arguments)[:3]
     with torch.no_grad():
         results = _steer(*arguments)
-    return _Steer.apply(*arguments[:8], arguments[8:], None, results)
+    return _remember(*arguments[:8], (None, None, *arguments[8:]), results)
 
 
-def steer_directly(
-    x: Any,
-    residual: Any,
-    weight: Any,
-    bias: Any,
-    vectors: Any,
-    scale: Any,
-    norm_weight: Any,
-    norm_bias: Any,
-    *settings: Any,
-) -> tuple[Tensor, Tensor | None, Tensor] | None:
+def steer_directly(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """``y`` (..., D), ``normed`` and gates (..., E) by the backend's own direct way, where it has one and everything is as it likes it.
 
-    None asks for the long way, with its checks. Tensors as in `functional.steer_norm`, then norm, eps, rms, pool, pool_size, top_k,
-    renormalize and backend as the caller gave them.
+    None asks for the long way, with its checks. Arguments: the tensors of `functional.steer_norm`, and one tuple of norm, eps, rms, pool,
+    pool_size, top_k, renormalize and backend, all of them as the caller gave them.
     """
-    if _is_watched() or not isinstance(x, Tensor) or forward_ad._current_level >= 0:
+    if is_dynamo_compiling() or forward_ad._current_level >= 0:
         return None
-    try:
-        way = _direct_way(x.device, x.dtype, None if x.is_cpu else _preferred(x, weight), *settings)
-    except (TypeError, AttributeError, IndexError, KeyError):  # no tensor, no setting or no backend: the checks have the words
-        return None
-    # Whoever packs what is saved is to get what the operator saves: checkpointing, for one, compares it with what the recomputation saves,
-    # which may be watched, or find its inputs laid out differently.
-    if way is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return None
-    direct, norm, eps, pool, pool_size, top_k, renormalize, backend = way
-    tensors = (x, residual, weight, bias, vectors, scale, norm_weight, norm_bias)
-    results = direct.forward(*tensors)
-    if results is None:
-        return None
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                options = (norm, eps, pool, pool_size, top_k or weight.shape[0], renormalize, backend)
-                return _Steer.apply(*tensors, options, direct, results)[:3]
-    return results[:3]
+    return _steer_eagerly(*arguments)
 
 
 def _preferred(x: Tensor, weight: Tensor) -> str | None:
     """The backend that the environment or a measurement names for a stream on a GPU."""
     if (named := os.environ.get("STEERMOE_BACKEND") or "auto") != "auto":
         return named
-    return choice.fastest(x.device, x.dtype, Shape(weight.shape[0], x.shape[:-1].numel(), x.shape[-1]))
+    try:
+        shape = Shape(weight.shape[0], x.shape[:-1].numel(), x.shape[-1])
+    except (AttributeError, IndexError):  # no matrix, no stream: the checks have the words
+        return None
+    return choice.fastest(x.device, x.dtype, shape)
 
 
-@lru_cache(maxsize=256, typed=True)  # typed: 1 is no True, and not every number is a good one
 def _direct_way(
     device: torch.device,
     dtype: torch.dtype,
@@ -248,7 +233,10 @@ def _direct_way(
     renormalize: bool,
     backend: str,
 ) -> tuple[Any, ...] | None:
-    """The backend's direct way, and the operator's settings; None where there is none, or a setting is not what it should be."""
+    """The backend's direct forward and backward, and the operator's settings, but ``top_k`` 0 for all experts.
+
+    None where there is no such way, or a setting is not what it should be.
+    """
     kinds = (type(eps), type(rms), type(pool_size), type(renormalize), type(backend))
     if kinds != (float, bool, int, bool, str) or type(top_k) not in (int, type(None)):
         return None
@@ -262,8 +250,9 @@ def _direct_way(
     if (make := getattr(module, "direct", None)) is None or module.rejects(device, dtype) is not None:
         return None
     norm = "rms" if rms and norm else norm
-    direct = make(Options(norm, eps, pool or "", pool_size, top_k or 0, renormalize), backend == "auto")
-    return None if direct is None else (direct, norm, eps, pool or "", pool_size, top_k, renormalize, backend)
+    settings = (norm, eps, pool or "", pool_size, top_k or 0, renormalize)
+    direct = make(Options(*settings), backend == "auto")
+    return None if direct is None else (direct.forward, direct.backward, *settings, backend)
 
 
 def _by_frames(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -278,16 +267,21 @@ def _by_frames(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     return (*streams, nothing if probs is None else frames(probs), nothing if stats is None else stats, *parameters)
 
 
+# Each says yes where somebody wants to see operators go by; none of them is written in Python.
+_WATCHERS = (
+    partial(vars(torch.compiler).get, "_is_compiling_flag"),
+    torch._C._len_torch_dispatch_stack,
+    torch._C._are_functorch_transforms_active,
+    torch._C._is_tracing,
+    torch.autograd._profiler_enabled,
+    partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch),
+)
+_steer_eagerly, _differentiate_eagerly, _forget_ways = eager(_WATCHERS, _preferred, _direct_way, _remember)
+
+
 def _is_watched() -> bool:
     """Whether somebody wants to see operators go by."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    )
+    return is_dynamo_compiling() or any(watcher() for watcher in _WATCHERS)
 
 
 def _is_observed(arguments: tuple[Any, ...]) -> bool:

@@ -27,8 +27,8 @@ be missing: ``unavailable`` is the place to look for it. It defines
     routing, ``num_experts`` not set; ``automatic`` tells that STEERMOE_BACKEND may name another backend. The object has ``forward(x,
     residual, weight, bias, vectors, scale, norm_weight, norm_bias)``, with results like `steer_forward`'s but of shape (..., D) and (...,
     E) for ``x`` (..., D), and None instead of those of size 0; and ``backward`` from ``dy`` to ``norm_weight``, and ``needs``, as in
-    `steer_backward`. Their arguments are whatever the caller gave, not checked by anybody: where they are not as they should be, or not
-    worth it, the answer is None, and the call goes its usual way.
+    `steer_backward`. Both answer with tuples, and are kept for later calls. Their arguments are whatever the caller gave, not checked by
+    anybody: where they are not as they should be, or not worth it, the answer is None, and the call goes its usual way.
 
 Results are tensors of their own: none shares memory with another or with an argument, not even two of size 0. Accumulate in the
 accumulation dtype, with autocast off (it reaches into backends that call torch). The tests hold every result to twice the error of the same

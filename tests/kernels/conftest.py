@@ -26,7 +26,7 @@ def nothing_remembered() -> Iterator[None]:
     """Who runs a pass is decided anew in every test: some tests change what the decision rests on."""
     yield
     backends.automatic_backend.cache_clear()
-    ops._direct_way.cache_clear()
+    ops._forget_ways()
 
 
 @pytest.fixture
@@ -55,6 +55,6 @@ def listen(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Hear], None]:
                 return way and SimpleNamespace(**{name: listening(name, getattr(way, name)) for name in ("forward", "backward")})
 
             monkeypatch.setattr(module, "direct", listened)
-        ops._direct_way.cache_clear()
+        ops._forget_ways()
 
     return listen

@@ -62,7 +62,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return results
 
     monkeypatch.setattr(cpu, "direct", lambda *settings: Telling(make(*settings)))
-    ops._direct_way.cache_clear()
+    ops._forget_ways()
     return directions
 
 
@@ -167,6 +167,15 @@ def test_wrong_settings_get_their_words_every_time(settings: dict, error: Any, t
     assert taken == ["forward"]
 
 
+def test_more_settings_than_are_remembered(taken: list[str]) -> None:
+    h, weight, vectors, scale = torch.randn(4, 5), torch.randn(3, 5), torch.randn(3, 5), torch.tensor(0.5)
+    for _ in range(2):
+        for eps in [0.01 * step for step in range(1, 100)]:
+            y, normed, _ = SF.steer_norm(h, weight, None, vectors, scale, None, None, eps=eps)
+            torch.testing.assert_close(normed, torch.nn.functional.layer_norm(y, (5,), eps=eps))
+    assert taken == ["forward"] * 198
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -235,14 +244,15 @@ def test_who_watches_sees_the_operator(problem: Problem, taken: list[str]) -> No
     assert all(torch.equal(watched[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("routing", [{"top_k": 2}, {"top_k": 2, "renormalize": False}, {"renormalize": False}], ids=str)
 @pytest.mark.parametrize("shape", [(4, 5), (5,), (2, 3, 5)])
-def test_watched_from_the_backward_on(shape: tuple[int, ...], taken: list[str]) -> None:
+def test_watched_from_the_backward_on(shape: tuple[int, ...], routing: dict[str, Any], taken: list[str]) -> None:
     """The forward went the direct way, and left what the operator's backward does not know: (..., D), and nothing for what is absent."""
     tensors = [torch.randn(size, requires_grad=True) for size in (shape, (3, 5), (3,), (3, 5), (), (5,), (5,))]
     h, weight, bias, vectors, scale, gamma, beta = tensors
 
     def differentiate(watched: bool) -> tuple[Tensor, ...]:
-        outputs = SF.steer_norm(h, weight, bias, vectors, scale, gamma, beta, residual=h, top_k=2)
+        outputs = SF.steer_norm(h, weight, bias, vectors, scale, gamma, beta, residual=h, **routing)
         incoming = [torch.linspace(0, 1, output.numel()).view(output.shape) for output in outputs]
         if not watched:
             return torch.autograd.grad(outputs, tensors, incoming)
@@ -318,6 +328,21 @@ def test_a_norm_that_nothing_incoming_depends_on(through: int, long_way: Callabl
     for grad, wanted in zip(direct, differentiate(), strict=True):
         assert torch.equal(grad, wanted)
     assert not direct[4].any() and not direct[5].any()
+
+
+def test_no_gradient_comes_of_none(taken: list[str]) -> None:
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, tensor: Tensor) -> Tensor:
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    h = torch.randn(4, 5, requires_grad=True)
+    Stop.apply(SF.steer(h, torch.randn(3, 5), None, torch.randn(3, 5), torch.tensor(0.5))[0]).sum().backward()
+    assert h.grad is None and taken == ["forward"]
 
 
 def test_a_tracer_before_the_dispatcher_sees_the_operator(taken: list[str]) -> None:
@@ -481,11 +506,24 @@ def test_where_there_is_no_direct_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu.direct(Options(), True) is not None
     monkeypatch.setenv("STEERMOE_DIRECT", "0")
     assert cpu.direct(Options(), True) is None
-    ops._direct_way.cache_clear()
+    ops._forget_ways()
     assert ops._direct_way(torch.device("cpu"), torch.float32, None, "", 0.0, False, None, 1, None, True, "cpu") is None
+
+
+def test_an_older_torch() -> None:
+    """It shows no tensors, and does not tell who packs what is saved."""
+    program = (
+        "import torch\n"
+        "del torch.Tensor.__dlpack_c_exchange_api__, torch._C._autograd._top_saved_tensors_default_hooks\n"
+        "from steermoe_kernels import functional as SF\n"
+        "h = torch.randn(4, 5, requires_grad=True)\n"
+        "SF.steer(h, torch.randn(3, 5), None, torch.randn(3, 5), torch.tensor(0.5))[0].sum().backward()\n"
+        "assert h.grad.any()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_a_backend_without_a_direct_way() -> None:
     assert not hasattr(get_backend("reference"), "direct")
-    ops._direct_way.cache_clear()
+    ops._forget_ways()
     assert ops._direct_way(torch.device("cpu"), torch.float32, None, "", 0.0, False, None, 1, None, True, "reference") is None
