@@ -169,11 +169,25 @@ def test_wrong_settings_get_their_words_every_time(settings: dict, error: Any, t
 
 def test_more_settings_than_are_remembered(taken: list[str]) -> None:
     h, weight, vectors, scale = torch.randn(4, 5), torch.randn(3, 5), torch.randn(3, 5), torch.tensor(0.5)
+    several = [0.01 * step for step in range(1, 100)]
+    count = sys.getrefcount(several[0])
     for _ in range(2):
-        for eps in [0.01 * step for step in range(1, 100)]:
+        for eps in several:
             y, normed, _ = SF.steer_norm(h, weight, None, vectors, scale, None, None, eps=eps)
             torch.testing.assert_close(normed, torch.nn.functional.layer_norm(y, (5,), eps=eps))
     assert taken == ["forward"] * 198
+    del eps
+    first, last = sys.getrefcount(several[0]), sys.getrefcount(several[-1])  # outside the assertion, which holds what it looks at
+    assert first == count < last
+
+
+def test_every_dtype_has_its_own_way(taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "rejects", lambda device, dtype: "it takes no float64" if dtype == torch.float64 else None)
+    tensors = torch.randn(4, 5), torch.randn(3, 5), None, torch.randn(3, 5), torch.tensor(0.5)
+    SF.steer(*tensors, backend="cpu")
+    with pytest.raises(RuntimeError, match="it takes no float64"):
+        SF.steer(tensors[0].double(), *tensors[1:], backend="cpu")
+    assert taken == ["forward"]
 
 
 @pytest.mark.parametrize(
