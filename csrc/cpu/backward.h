@@ -95,13 +95,13 @@ class BackwardPass {
   static constexpr int kBlock = 12;            // rows whose outer products are added up before they touch dW and dV
   static constexpr int kChain = 192 / kBlock;  // blocks that are summed in C
 
-  BackwardPass(const Backward& call, const Operands<C>& operands, Partial<C>& partial)
-      : call_(call), p_(call.problem), operands_(operands), partial_(partial), stride_(operands.stride) {
+  BackwardPass(const Backward& call, const Operands<C>& operands)
+      : call_(call), p_(call.problem), operands_(operands), stride_(operands.stride) {
     const bool routed = call.du != nullptr || call.dweight != nullptr || call.dbias != nullptr;
     needs_dz_ = routed;
     needs_a_ = routed || call.dscale != nullptr;
     const std::int64_t E = p_.experts, rows = kBlock + 4;
-    scratch_.reserve(rows * stride_ + kBlock * kColumns<C> + (2 * kBlock + V::kRows + 1) * E);
+    scratch_.reserve(rows * stride_ + kBlock * kColumns<C> + (2 * kBlock + 2 * V::kRows) * E);
     C* next = scratch_.data();
     const auto take = [&next](std::int64_t count) { return std::exchange(next, next + count); };
     d_ = take(kBlock * stride_);
@@ -114,15 +114,17 @@ class BackwardPass {
     dz_ = take(kBlock * E);
     sg_ = take(kBlock * E);
     a_ = take(V::kRows * E);
-    dg_ = take(E);
+    dg_ = take(V::kRows * E);
     if (p_.pool == Pool::kMax) argmax_.resize(p_.width);
   }
 
-  void run(Shard shard) {
+  // Adds the shard's sums to `partial`.
+  void run(Shard shard, Partial<C>& partial) {
+    partial_ = &partial;
     int chain = 0;
     for (std::int64_t row = shard.first; row < shard.last; row += kBlock) {
       if (chain++ == kChain) {
-        partial_.end_chains();
+        partial_->end_chains();
         chain = 1;
       }
       block(row, std::min<std::int64_t>(kBlock, shard.last - row));
@@ -130,40 +132,44 @@ class BackwardPass {
   }
 
  private:
-  // First, a few rows at a time, what needs whole rows: d, dz, du. Then, a block of columns at a time, u and the outer products, whose sums
-  // stay in registers over all the block's rows.
+  // First, a few rows at a time, what needs whole rows: d and dz. Then, a block of columns at a time, what they give: du, u and the outer
+  // products, whose sums stay in registers over all the block's rows. The stores of du wait for memory while the others compute.
   void block(std::int64_t first, std::int64_t count) {
-    std::int64_t r = 0;
-    for (; r + V::kRows <= count; r += V::kRows) differentiate_rows<V::kRows>(first + r, r);
-    for (; r < count; ++r) differentiate_rows<1>(first + r, r);
+    in_tiles(count, [&](auto rows, std::int64_t r) { differentiate_rows<rows>(first + r, r); });
     for (std::int64_t c = 0; c < p_.width; c += kColumns<C>) {
+      if (call_.du != nullptr) in_tiles(count, [&](auto rows, std::int64_t r) { gradient_at_u<rows>(first + r, r, c); });
       if (call_.dweight != nullptr) add_to_dW(first, count, c);
       if (call_.dvectors != nullptr) add_to_dV(first, count, c);
     }
   }
 
-  // dW += dz^T u. These loops read little from far away, so the next block's rows are fetched meanwhile, again for every tile of experts:
-  // asked for once, lines are missed when the processor has too many requests under way.
-  void add_to_dW(std::int64_t first, std::int64_t count, std::int64_t c) {
+  // work(R, r) for tiles of R rows, a constant, from row r on, until `count` rows are done.
+  template <typename Work>
+  [[gnu::always_inline]] static void in_tiles(std::int64_t count, Work&& work) {
     std::int64_t r = 0;
-    for (; r + V::kRows <= count; r += V::kRows) undo<V::kRows>(first + r, r, c);
-    for (; r < count; ++r) undo<1>(first + r, r, c);
+    for (; r + V::kRows <= count; r += V::kRows) work(std::integral_constant<int, V::kRows>(), r);
+    for (; r < count; ++r) work(std::integral_constant<int, 1>(), r);
+  }
+
+  // dW += dz^T u. The next block's rows are fetched meanwhile.
+  void add_to_dW(std::int64_t first, std::int64_t count, std::int64_t c) {
+    in_tiles(count, [&](auto rows, std::int64_t r) { undo<rows>(first + r, r, c); });
     const S* next = static_cast<const S*>(call_.y) + (first + kBlock) * p_.width + c;
-    const auto u = [&](std::int64_t row) {
-      prefetch_block<C>(next + row * p_.width);
-      return u_ + row * kColumns<C>;
+    const auto u = [&](auto registers, std::int64_t row, std::int64_t k) {
+      prefetch_registers<C, registers>(next + row * p_.width + k);
+      return u_ + row * kColumns<C> + k;
     };
-    outer_block(u, count, dz_, p_.experts, partial_.dW.recent() + blocked<C>(0, c, p_.experts));
+    outer_block(u, count, dz_, p_.experts, partial_->dW.recent() + blocked<C>(0, c, p_.experts));
   }
 
   // dV += (s g)^T d
   void add_to_dV(std::int64_t first, std::int64_t count, std::int64_t c) {
     const S* next = static_cast<const S*>(call_.dy != nullptr ? call_.dy : call_.y) + (first + kBlock) * p_.width + c;
-    const auto d = [&](std::int64_t row) {
-      prefetch_block<C>(next + row * p_.width);
-      return d_rows_[row] + c;
+    const auto d = [&](auto registers, std::int64_t row, std::int64_t k) {
+      prefetch_registers<C, registers>(next + row * p_.width + k);
+      return d_rows_[row] + c + k;
     };
-    outer_block(d, count, sg_, p_.experts, partial_.dV.recent() + blocked<C>(0, c, p_.experts));
+    outer_block(d, count, sg_, p_.experts, partial_->dV.recent() + blocked<C>(0, c, p_.experts));
   }
 
   // u = y - (s g) V, a block of columns.
@@ -179,14 +185,20 @@ class BackwardPass {
       for (int k = 0; k < kRegisters; ++k)
         (load_up_to<C>(from + k * kLanes, D - c - k * kLanes, whole) - steering[k]).store(to + k * kLanes);
     };
-    const C *sg = sg_ + at * E, *vectors = operands_.V + blocked<C>(0, c, E);
-    if (c + kColumns<C> <= D)
-      mix_block<C, R, true>(sg, vectors, E, c, store);
-    else
-      mix_block<C, R, false>(sg, vectors, E, c, store);
+    mix_columns<R>(sg_ + at * E, operands_.V, c, store);
   }
 
-  // Rows first .. first + R, the rows `at` .. of this block: d, s g, dz, du.
+  // One block of columns of c M, for the rows' coefficients c (R, E).
+  template <int R, typename Store>
+  [[gnu::always_inline]] void mix_columns(const C* coefficients, const C* matrix, std::int64_t c, Store& store) {
+    const C* block = matrix + blocked<C>(0, c, p_.experts);
+    if (c + kColumns<C> <= p_.width)
+      mix_block<C, R, true>(coefficients, block, p_.experts, c, store);
+    else
+      mix_block<C, R, false>(coefficients, block, p_.experts, c, store);
+  }
+
+  // Rows first .. first + R, the rows `at` .. of this block: d, s g, dz.
   template <int R>
   void differentiate_rows(std::int64_t first, std::int64_t at) {
     const std::int64_t E = p_.experts;
@@ -197,35 +209,39 @@ class BackwardPass {
     for (std::int64_t i = 0; i < R * E; ++i) sg_[at * E + i] = s * g[i];
     if (!needs_a_) return;
     dots<C, R>(d, operands_.V, E, stride_, a_, [](std::int64_t) { return [](std::int64_t) {}; });
-    C* dz = dz_ + at * E;
-    for (int r = 0; r < R; ++r) {
-      const std::int64_t row = (first + r) * E;
-      const C *a = a_ + r * E, *gates = g + r * E;
-      double ds = 0;
-#pragma omp simd reduction(+ : ds)
-      for (std::int64_t e = 0; e < E; ++e) ds += static_cast<double>(gates[e]) * a[e];
-      partial_.ds += ds;
-      if (!needs_dz_) continue;
-      const C* external = call_.dgates == nullptr ? nullptr : static_cast<const C*>(call_.dgates) + row;
-      const C* probs = call_.probs == nullptr ? nullptr : static_cast<const C*>(call_.probs) + row;
-      for (std::int64_t e = 0; e < E; ++e) dg_[e] = s * a[e] + (external == nullptr ? C(0) : external[e]);
-      route_backward(gates, probs, dg_, E, dz + r * E);
-      for (std::int64_t e = 0; e < E; ++e) partial_.db[e] += dz[r * E + e];
-    }
-    if (call_.du != nullptr) gradient_at_u<R>(first, at);
+    const C* external = call_.dgates == nullptr ? nullptr : static_cast<const C*>(call_.dgates) + first * E;
+    const C* probs = call_.probs == nullptr ? nullptr : static_cast<const C*>(call_.probs) + first * E;
+    with_experts(E, [&](auto experts) { differentiate_gates<R>(experts, g, external, probs, dz_ + at * E); });
   }
 
-  // du = d + dz W
+  // ds and, where it is needed, dz and db, of R rows, from a.
+  template <int R, typename Count>
+  [[gnu::always_inline]] void differentiate_gates(Count experts, const C* g, const C* external, const C* probs, C* dz) {
+    const C s = operands_.s;
+    double ds = 0;
+#pragma omp simd reduction(+ : ds)
+    for (std::int64_t i = 0; i < R * experts; ++i) ds += static_cast<double>(g[i]) * a_[i];
+    partial_->ds += ds;
+    if (!needs_dz_) return;
+    for (std::int64_t i = 0; i < R * experts; ++i) dg_[i] = s * a_[i] + (external == nullptr ? C(0) : external[i]);
+    route_backward(g, probs, dg_, R, experts, dz);
+    double* db = partial_->db.data();
+    for (int r = 0; r < R; ++r)
+      for (std::int64_t e = 0; e < experts; ++e) db[e] += dz[r * experts + e];
+  }
+
+  // du = d + dz W, a block of columns.
   template <int R>
-  void gradient_at_u(std::int64_t first, std::int64_t at) {
+  void gradient_at_u(std::int64_t first, std::int64_t at, std::int64_t c) {
     const std::int64_t D = p_.width;
     S* du = static_cast<S*>(call_.du) + first * D;
-    mix<C, R>(dz_ + at * p_.experts, operands_.W, p_.experts, D, [&](auto whole, int r, std::int64_t c, const V* dzW) {
+    const auto store = [&](auto whole, int r, std::int64_t c, const V* dzW) {
       const C* d = d_rows_[at + r] + c;
       S* out = du + r * D + c;
 #pragma GCC unroll 8
       for (int k = 0; k < kRegisters; ++k) store_up_to(V::load(d + k * kLanes) + dzW[k], out + k * kLanes, D - c - k * kLanes, whole);
-    });
+    };
+    mix_columns<R>(dz_ + at * p_.experts, operands_.W, c, store);
   }
 
   const C* widened_y(std::int64_t row, C* scratch) const {
@@ -279,7 +295,7 @@ class BackwardPass {
     const C mean = stats[row], rstd = stats[p_.batch * p_.pooled + row];
     const S* dn = static_cast<const S*>(call_.dnormed) + row * D;
     const C* gamma = operands_.gamma;
-    C *dgamma = partial_.dgamma.recent(), *dbeta = partial_.dbeta.recent();
+    C *dgamma = partial_->dgamma.recent(), *dbeta = partial_->dbeta.recent();
     const V center = V::set(mean), scale = V::set(rstd);
     V sum_t = V::zero(), sum_tx = V::zero();
     for (std::int64_t c = 0; c < D; c += kLanes) {
@@ -305,7 +321,7 @@ class BackwardPass {
   const Backward& call_;
   const Problem& p_;
   const Operands<C>& operands_;
-  Partial<C>& partial_;
+  Partial<C>* partial_ = nullptr;
   std::int64_t stride_;
   bool needs_a_, needs_dz_;
   Buffer<C> scratch_;
@@ -339,25 +355,33 @@ template <typename C, typename S>
 void backward(const Backward& call, int threads) {
   using Pass = BackwardPass<C, S>;
   const Problem& p = call.problem;
-  const Operands<C> operands(p);
   const int shards = backward_shards(p);
+  threads = std::min(threads, shards);
+  ThreadOperands<C> operands(p, threads);
   // In one piece, which the C library keeps for the next call: pieces by the shard go back to the system, to be faulted in again.
-  const std::int64_t room = Partial<C>::room(call, operands.stride);
+  const std::int64_t D = p.width, E = p.experts, stride = stride_of<C>(p), room = Partial<C>::room(call, stride);
   Buffer<C> rooms(shards * room);
   prefer_large_pages(rooms.data(), shards * room * static_cast<std::int64_t>(sizeof(C)));
   std::vector<std::unique_ptr<Partial<C>>> partials(shards);
-  parallel(shards, threads, [&](int shard) {
-    partials[shard] = std::make_unique<Partial<C>>(call, operands.stride, rooms.data() + shard * room);
-    Pass(call, operands, *partials[shard]).run(shard_of(p, shard, shards, Pass::kBlock));
+  parallel(shards, threads, [&](int thread, Shards& all) {
+    int shard = all.draw(thread);
+    if (shard < 0) return;
+    const Operands<C> mine = operands.of(thread);
+    Pass pass(call, mine);
+    for (; shard >= 0; shard = all.draw(thread)) {
+      partials[shard] = std::make_unique<Partial<C>>(call, stride, rooms.data() + shard * room);
+      pass.run(shard_of(p, shard, shards, Pass::kBlock), *partials[shard]);
+    }
   });
 
-  const std::int64_t D = p.width, E = p.experts;
-  const int blocks = static_cast<int>(operands.stride / kColumns<C>);
-  parallel(blocks, shards == 1 ? 1 : threads, [&](int block) {
-    add_up(partials, &Partial<C>::dW, block, E, D, call.dweight);
-    add_up(partials, &Partial<C>::dV, block, E, D, call.dvectors);
-    add_up(partials, &Partial<C>::dgamma, block, 1, D, call.dnorm_weight);
-    add_up(partials, &Partial<C>::dbeta, block, 1, D, call.dnorm_bias);
+  const int blocks = static_cast<int>(stride / kColumns<C>);
+  parallel(blocks, threads, [&](int thread, Shards& all) {
+    for (int block; (block = all.draw(thread)) >= 0;) {
+      add_up(partials, &Partial<C>::dW, block, E, D, call.dweight);
+      add_up(partials, &Partial<C>::dV, block, E, D, call.dvectors);
+      add_up(partials, &Partial<C>::dgamma, block, 1, D, call.dnorm_weight);
+      add_up(partials, &Partial<C>::dbeta, block, 1, D, call.dnorm_bias);
+    }
   });
   double ds = 0;
   std::vector<double> db(E, 0.0);

@@ -22,9 +22,8 @@ class ForwardPass {
   static constexpr int kLanes = V::kLanes;
 
  public:
-  // `bfloat16_W`: the router's rows in blocks of bfloat16, where dot products of bfloat16 compute the same u W^T; else null.
-  ForwardPass(const Forward& call, const Operands<C>& operands, const BFloat16* bfloat16_W)
-      : call_(call), p_(call.problem), operands_(operands), bfloat16_W_(bfloat16_W), stride_(operands.stride) {
+  ForwardPass(const Forward& call, const Operands<C>& operands)
+      : call_(call), p_(call.problem), operands_(operands), stride_(operands.stride) {
     const std::int64_t rows = V::kRows;
     scratch_.reserve((rows + 2) * stride_ + (rows + 1) * p_.experts);
     C* next = scratch_.data();
@@ -69,7 +68,9 @@ class ForwardPass {
       }
 
     const V s = V::set(operands_.s);
+    const bool two_tiles = E <= 2 * V::kExperts;  // which have asked for four of the next rows
     mix<C, R>(g, operands_.V, E, D, [&](auto whole, int r, std::int64_t d, const V* gV) {
+      if (r >= 4 && two_tiles) prefetch_registers<C, kRegisters>(x + (R + r) * D + d);
       const C* from = u[r] + d;
       S* out = y + r * D + d;
 #pragma GCC unroll 8
@@ -92,10 +93,10 @@ class ForwardPass {
     };
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same_v<S, BFloat16>)
-      if (bfloat16_W_ != nullptr) {
+      if (operands_.bfloat16_W != nullptr) {
         const BFloat16* rows[R];
         for (int r = 0; r < R; ++r) rows[r] = x + r * p_.width;
-        return dots<R>(rows, bfloat16_W_, p_.experts, stride_, z_, fetch_next);
+        return dots<R>(rows, operands_.bfloat16_W, p_.experts, stride_, z_, fetch_next);
       }
 #endif
     dots<C, R>(u, operands_.W, p_.experts, stride_, z_, fetch_next);
@@ -175,7 +176,6 @@ class ForwardPass {
   const Forward& call_;
   const Problem& p_;
   const Operands<C>& operands_;
-  const BFloat16* bfloat16_W_;
   std::int64_t stride_;
   Buffer<C> scratch_;
   C *u_, *y_, *pooled_, *z_, *selected_;
@@ -185,17 +185,22 @@ class ForwardPass {
 template <typename C, typename S>
 void forward(const Forward& call, int threads) {
   const Problem& p = call.problem;
-  const Operands<C> operands(p);
-  Blocked<C, BFloat16> bfloat16_W;
-#if defined(__AVX512BF16__)
-  // Only where u and W are bfloat16 as they come, so that no product is rounded.
-  if (p.stream == DType::kBFloat16 && p.weight.dtype == DType::kBFloat16 && call.residual == nullptr && p.width == operands.stride)
-    bfloat16_W = Blocked<C, BFloat16>(p.weight, p.experts, p.width, operands.stride);
-#endif
   // Shards of a fraction of a thread's share even out a core that is busy with something else.
   const int shards = useful_shards(p, threads == 1 ? 1 : 4 * threads);
-  parallel(shards, threads,
-           [&](int shard) { ForwardPass<C, S>(call, operands, bfloat16_W.get()).run(shard_of(p, shard, shards, Vector<C>::kRows)); });
+  threads = std::min(threads, shards);
+  bool short_W = false;
+#if defined(__AVX512BF16__)
+  // Only where u and W are bfloat16 as they come, so that no product is rounded.
+  short_W = p.stream == DType::kBFloat16 && p.weight.dtype == DType::kBFloat16 && call.residual == nullptr && p.width == stride_of<C>(p);
+#endif
+  ThreadOperands<C> operands(p, threads, short_W);
+  parallel(shards, threads, [&](int thread, Shards& all) {
+    int shard = all.draw(thread);
+    if (shard < 0) return;
+    const Operands<C> mine = operands.of(thread);
+    ForwardPass<C, S> pass(call, mine);
+    for (; shard >= 0; shard = all.draw(thread)) pass.run(shard_of(p, shard, shards, Vector<C>::kRows));
+  });
 }
 
 }  // namespace steer::cpu::STEER_NAMESPACE

@@ -5,8 +5,10 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <optional>
 
 #include "../steer.h"
+#include "memory.h"
 #include "primitives.h"
 
 namespace steer::cpu::STEER_NAMESPACE {
@@ -59,72 +61,92 @@ void widen_into(const Parameter& from, std::int64_t offset, std::int64_t count, 
   }
 }
 
-// A vector parameter in type C, padded with zeros to `stride`.
+// A vector parameter in type C, padded with zeros to `stride`, in `room`, which is moved behind it; null where there is none.
 template <typename C>
-class Padded {
- public:
-  Padded(const Parameter& parameter, std::int64_t width, std::int64_t stride) {
-    if (parameter.data == nullptr) return;
-    C* out = buffer_.reserve(stride);
-    widen_into(parameter, 0, width, out);
-    std::fill(out + width, out + stride, C(0));
-    data_ = out;
-  }
-  const C* get() const { return data_; }
-
- private:
-  Buffer<C> buffer_;
-  const C* data_ = nullptr;
-};
+const C* padded(const Parameter& parameter, std::int64_t width, std::int64_t stride, C*& room) {
+  if (parameter.data == nullptr) return nullptr;
+  C* out = room;
+  widen_into(parameter, 0, width, out);
+  std::fill(out + width, out + stride, C(0));
+  room += stride;
+  return out;
+}
 
 // W or V (E, D) as numbers of type T, in the blocked order of primitives.h, columns padded with zeros to `stride`.
-template <typename C, typename T = C>
-class Blocked {
- public:
-  Blocked() = default;
-  Blocked(const Parameter& parameter, std::int64_t experts, std::int64_t width, std::int64_t stride) {
-    T* out = buffer_.reserve(experts * stride);
-    for (std::int64_t d = 0; d < stride; d += kColumns<C>) {
-      const std::int64_t columns = std::min<std::int64_t>(kColumns<C>, width - d);
-      for (std::int64_t e = 0; e < experts; ++e, out += kColumns<C>) {
-        widen_into(parameter, e * width + d, columns, out);
-        std::fill(out + columns, out + kColumns<C>, T{});
-      }
+template <typename C, typename T>
+const T* blocked(const Parameter& parameter, std::int64_t experts, std::int64_t width, std::int64_t stride, T*& room) {
+  const T* start = room;
+  for (std::int64_t d = 0; d < stride; d += kColumns<C>) {
+    const std::int64_t columns = std::min<std::int64_t>(kColumns<C>, width - d);
+    for (std::int64_t e = 0; e < experts; ++e, room += kColumns<C>) {
+      widen_into(parameter, e * width + d, columns, room);
+      std::fill(room + columns, room + kColumns<C>, T{});
     }
   }
-  const T* get() { return buffer_.data(); }
+  return start;
+}
 
- private:
-  Buffer<T> buffer_;
-};
+// Rows as the loops want them: whole blocks of columns.
+template <typename C>
+std::int64_t stride_of(const Problem& p) {
+  return (p.width + kColumns<C> - 1) / kColumns<C> * kColumns<C>;
+}
 
 template <typename C>
 struct Operands {
-  explicit Operands(const Problem& p)
-      : stride((p.width + kColumns<C> - 1) / kColumns<C> * kColumns<C>),
-        blocked_W_(p.weight, p.experts, p.width, stride),
-        blocked_V_(p.vectors, p.experts, p.width, stride),
-        b_(p.bias, p.experts, p.experts),
-        s_(p.scale, 1, 1),
-        gamma_(p.norm_weight, p.width, stride),
-        beta_(p.norm_bias, p.width, stride),
-        W(blocked_W_.get()),
-        V(blocked_V_.get()),
-        b(b_.get()),
-        s(*s_.get()),
-        gamma(gamma_.get()),
-        beta(beta_.get()) {}
+  // Numbers that an instance needs room for, whole cache lines.
+  static std::int64_t room(const Problem& p) { return (2 * p.experts + 2) * stride_of<C>(p) + (p.experts + 1 + 15) / 16 * 16; }
+
+  // `short_W`: W as it is stored, in bfloat16, in the place of W.
+  Operands(const Problem& p, bool short_W, C* room)
+      : stride(stride_of<C>(p)),
+        W(short_W ? nullptr : blocked<C>(p.weight, p.experts, p.width, stride, room)),
+        bfloat16_W(short_W ? place_bfloat16(p, stride, room) : nullptr),
+        V(blocked<C>(p.vectors, p.experts, p.width, stride, room)),
+        gamma(padded(p.norm_weight, p.width, stride, room)),
+        beta(padded(p.norm_bias, p.width, stride, room)),
+        b(padded(p.bias, p.experts, p.experts, room)),
+        s(*padded(p.scale, 1, 1, room)) {}
 
   const std::int64_t stride;
+  const C* const W;
+  const BFloat16* const bfloat16_W;
+  const C *const V, *const gamma, *const beta, *const b;
+  const C s;
 
  private:
-  Blocked<C> blocked_W_, blocked_V_;
-  Padded<C> b_, s_, gamma_, beta_;
+  static const BFloat16* place_bfloat16(const Problem& p, std::int64_t stride, C*& room) {
+    BFloat16* place = reinterpret_cast<BFloat16*>(room);
+    room += p.experts * stride;
+    return blocked<C>(p.weight, p.experts, p.width, stride, place);
+  }
+};
 
+// Every thread's operands: a copy each, which costs it less than fetching its neighbour's out of that one's cache; or one for all, where
+// copies would not stay in a cache of a core's own.
+template <typename C>
+class ThreadOperands {
  public:
-  const C *const W, *const V, *const b;
-  const C s;
-  const C *const gamma, *const beta;
+  ThreadOperands(const Problem& p, int threads, bool short_W = false)
+      : p_(p), short_W_(short_W), room_(Operands<C>::room(p)), own_(room_ * static_cast<std::int64_t>(sizeof(C)) <= kOwnBytes) {
+    const std::int64_t count = (own_ ? threads : 1) * room_;
+    memory_.reserve(count);
+    prefer_large_pages(memory_.data(), count * static_cast<std::int64_t>(sizeof(C)));
+    if (!own_) shared_.emplace(p, short_W, memory_.data());
+  }
+
+  // For `thread`, which asks once.
+  Operands<C> of(int thread) { return own_ ? Operands<C>(p_, short_W_, memory_.data() + thread * room_) : *shared_; }
+
+ private:
+  static constexpr std::int64_t kOwnBytes = 1 << 20;
+
+  const Problem& p_;
+  const bool short_W_;
+  const std::int64_t room_;
+  const bool own_;
+  Buffer<C> memory_;
+  std::optional<Operands<C>> shared_;
 };
 
 // A row of storage type S as a row of C padded with zeros: the row itself where it is one, else widened into `scratch`.

@@ -19,9 +19,11 @@ namespace {
 
 // GCC's and LLVM's runtimes both offer this entry point: run `body(data)` on a team of `threads`, the caller among them.
 using ParallelFunction = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+using ThreadNumber = int (*)();
 
 struct Runtime {
   ParallelFunction parallel = nullptr;
+  ThreadNumber thread_number = nullptr;
   std::string name = "none found: runs on the calling thread";
 };
 
@@ -37,6 +39,7 @@ int visit(dl_phdr_info* info, std::size_t, void* data) {
     if (library == nullptr) continue;
     auto* runtime = static_cast<Runtime*>(data);
     runtime->parallel = reinterpret_cast<ParallelFunction>(dlsym(library, "GOMP_parallel"));
+    runtime->thread_number = reinterpret_cast<ThreadNumber>(dlsym(library, "omp_get_thread_num"));
     runtime->name = file;
     if (runtime->parallel != nullptr) return 1;
   }
@@ -51,6 +54,7 @@ const Runtime& runtime() {
     dl_iterate_phdr(visit, &candidate);
 #else
     candidate.parallel = reinterpret_cast<ParallelFunction>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    candidate.thread_number = reinterpret_cast<ThreadNumber>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
     if (candidate.parallel != nullptr) candidate.name = "the process's OpenMP runtime";
 #endif
     if (candidate.parallel == nullptr) candidate.name = Runtime().name;
@@ -60,37 +64,57 @@ const Runtime& runtime() {
 }
 
 struct Team {
-  Team(const std::function<void(int)>& work, int shards) : work(work), shards(shards) {}
-
-  const std::function<void(int)>& work;
-  const int shards;
-  std::atomic<int> next{0};
+  const std::function<void(int, Shards&)>& work;
+  Shards shards;
   std::exception_ptr failure;
   std::mutex guard;
 };
 
-// A runtime may grant fewer threads than asked for, so threads draw shards instead of owning them.
-void draw_shards(void* data) {
+void run_thread(void* data) {
   auto* team = static_cast<Team*>(data);
-  for (int shard; (shard = team->next.fetch_add(1)) < team->shards;) {
-    try {
-      team->work(shard);
-    } catch (...) {
-      std::lock_guard<std::mutex> lock(team->guard);
-      if (!team->failure) team->failure = std::current_exception();
-    }
+  try {
+    const auto number = runtime().thread_number;
+    team->work(team->shards.claim(number == nullptr ? 0 : number()), team->shards);
+  } catch (...) {
+    std::lock_guard<std::mutex> lock(team->guard);
+    if (!team->failure) team->failure = std::current_exception();
   }
 }
 
 }  // namespace
 
-void parallel(int shards, int threads, const std::function<void(int)>& work) {
-  Team team(work, shards);
-  threads = std::min(shards, threads);
+Shards::Shards(int count, int threads) : shares_(threads) {
+  for (int t = 0; t < threads; ++t) {
+    shares_[t].next = static_cast<int>(static_cast<std::int64_t>(count) * t / threads);
+    shares_[t].end = static_cast<int>(static_cast<std::int64_t>(count) * (t + 1) / threads);
+  }
+}
+
+int Shards::claim(int wanted) {
+  const int threads = static_cast<int>(shares_.size());
+  for (int t = std::max(0, wanted);; ++t)
+    if (!shares_[t % threads].claimed.exchange(true)) return t % threads;
+}
+
+int Shards::draw(int thread) {
+  const int threads = static_cast<int>(shares_.size());
+  for (int t = 0; t < threads; ++t) {
+    Share& share = shares_[(thread + t) % threads];
+    // Looked at first: a counter that is counted up forever would come round.
+    if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
+    const int shard = share.next.fetch_add(1, std::memory_order_relaxed);
+    if (shard < share.end) return shard;
+  }
+  return -1;
+}
+
+void parallel(int shards, int threads, const std::function<void(int, Shards&)>& work) {
+  threads = std::max(1, std::min(shards, threads));
+  Team team{work, {shards, threads}, nullptr, {}};
   if (threads > 1 && runtime().parallel != nullptr)
-    runtime().parallel(draw_shards, &team, static_cast<unsigned>(threads), 0);
+    runtime().parallel(run_thread, &team, static_cast<unsigned>(threads), 0);
   else
-    draw_shards(&team);
+    run_thread(&team);
   if (team.failure) std::rethrow_exception(team.failure);
 }
 

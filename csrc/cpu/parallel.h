@@ -5,12 +5,37 @@
 // calling thread.
 #pragma once
 
+#include <atomic>
 #include <functional>
+#include <vector>
 
 namespace steer::cpu {
 
-// Calls work(0) .. work(shards - 1), each once, on up to `threads` threads. Results must not depend on which thread runs which shard.
-void parallel(int shards, int threads, const std::function<void(int)>& work);
+// The shards of a region, which its threads draw. Each has a share of its own, neighbours, and takes them in order: its next rows are the
+// ones it has asked for ahead, and from one operator to the next it meets what it has left in its caches. Then it helps the others out: a
+// runtime may grant fewer threads than asked for, and a core may be busy with something else.
+class Shards {
+ public:
+  Shards(int count, int threads);
+
+  // A number for a thread, which no other one of the team has: `wanted`, the runtime's own number for it, unless that is taken.
+  int claim(int wanted);
+
+  // The next one for `thread`, or -1 where none is left.
+  int draw(int thread);
+
+ private:
+  struct alignas(64) Share {
+    std::atomic<int> next{0};
+    std::atomic<bool> claimed{false};
+    int end = 0;
+  };
+  std::vector<Share> shares_;
+};
+
+// Calls work(thread, shards) once on each of up to `threads` threads, numbered from 0, which then draw shards until none is left. Results
+// must not depend on which thread runs which shard.
+void parallel(int shards, int threads, const std::function<void(int, Shards&)>& work);
 
 // The OpenMP runtime found, or a sentence saying that there is none.
 const char* parallel_runtime();

@@ -4,7 +4,7 @@
 //   mix     out[r][d] = sum_e c[r][e] M[e][d]           g V, and dz W
 //   outer   acc[e][d] += sum_r c[r][e] rows[r][d]       dW = dz^T u, and dV = (s g)^T d, a block of columns at a time
 //
-// M and acc (E, D) lie in blocks of kColumns columns, all experts of a block together (`Blocked`), so that every loop walks through
+// M and acc (E, D) lie in blocks of kColumns columns, all experts of a block together (`blocked`), so that every loop walks through
 // memory in order: with whole rows, widths like 1024 put all experts into the same few cache sets. The tiles are shaped to be bound by
 // multiply-adds, not by loads: a register of M serves R rows. `mix_block` and `outer_block` do one block of columns.
 #pragma once
@@ -26,11 +26,11 @@ inline std::int64_t blocked(std::int64_t e, std::int64_t d, std::int64_t experts
   return (d / kColumns<C> * experts + e) * kColumns<C> + d % kColumns<C>;
 }
 
-// Asks for a block of a row.
-template <typename C, typename S>
-[[gnu::always_inline]] inline void prefetch_block(const S* row) {
+// Asks for K registers of a row.
+template <typename C, int K, typename S>
+[[gnu::always_inline]] inline void prefetch_registers(const S* row) {
 #pragma GCC unroll 8
-  for (int k = 0; k < kRegisters; ++k) prefetch(row + k * Vector<C>::kLanes);
+  for (int k = 0; k < K; ++k) prefetch(row + k * Vector<C>::kLanes);
 }
 
 // Always in the order of `sum_four`: experts whose rows are equal have equal logits then, whichever tile they are in, and tie.
@@ -165,19 +165,18 @@ inline void mix(const C* c, const C* M, std::int64_t experts, std::int64_t width
   if (d < width) mix_block<C, R, false>(c, M, experts, d, emit);
 }
 
-// acc[e][d ..] += sum_r c[r][e] row(r)[..] over `rows` rows, in one block of columns; `row(r)` points at the block's part of row r. The
-// rows' sum is added up from zero, so that a chain of additions is no longer than that.
-template <typename C, int X, typename Row>
-[[gnu::always_inline]] inline void outer_tile(Row& row, std::int64_t rows, const C* c, std::int64_t experts, C* acc) {
+// acc[e][d ..] += sum_r c[r][e] row(r, d)[..] over `rows` rows, X experts and K registers of a block of columns, from column `d` of it on;
+// `row(r, d)` points there in row r. The rows' sum is added up from zero, so that a chain of additions is no longer than that.
+template <typename C, int X, int K, typename Row>
+[[gnu::always_inline]] inline void outer_tile(Row& row, std::int64_t rows, const C* c, std::int64_t experts, std::int64_t d, C* acc) {
   using V = Vector<C>;
-  constexpr int K = kRegisters;
   V sums[X][K];
 #pragma GCC unroll 8
   for (int e = 0; e < X; ++e)
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) sums[e][k] = V::zero();
   for (std::int64_t r = 0; r < rows; ++r, c += experts) {
-    const C* const u = row(r);
+    const C* const u = row(std::integral_constant<int, K>(), r, d);
     V part[K];
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) part[k] = V::load(u + k * V::kLanes).kept();
@@ -192,17 +191,28 @@ template <typename C, int X, typename Row>
   for (int e = 0; e < X; ++e)
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
-      C* out = acc + e * kColumns<C> + k * V::kLanes;
+      C* out = acc + e * kColumns<C> + d + k * V::kLanes;
       (V::load(out) + sums[e][k]).store(out);
     }
 }
 
+// Tiles of X experts and K registers, from expert `e` on, as many as there are; returns the first expert that is left.
+template <typename C, int X, int K, typename Row>
+[[gnu::always_inline]] inline std::int64_t outer_tiles(Row& row, std::int64_t rows, const C* c, std::int64_t e, std::int64_t experts,
+                                                       C* acc) {
+  for (; e + X <= experts; e += X)
+#pragma GCC unroll 8
+    for (int k = 0; k < kRegisters; k += K) outer_tile<C, X, K>(row, rows, c + e, experts, k * Vector<C>::kLanes, acc + e * kColumns<C>);
+  return e;
+}
+
+// Many experts at once where there are as many: a row is read, and asked for ahead, once for all of them.
 template <typename C, typename Row>
 inline void outer_block(Row&& row, std::int64_t rows, const C* c, std::int64_t experts, C* acc) {
-  constexpr int X = Vector<C>::kOuter;
-  std::int64_t e = 0;
-  for (; e + X <= experts; e += X) outer_tile<C, X>(row, rows, c + e, experts, acc + e * kColumns<C>);
-  for (; e < experts; ++e) outer_tile<C, 1>(row, rows, c + e, experts, acc + e * kColumns<C>);
+  using V = Vector<C>;
+  std::int64_t e = outer_tiles<C, V::kOuter, V::kOuterRegisters>(row, rows, c, 0, experts, acc);
+  if constexpr (V::kOuter > 4) e = outer_tiles<C, 4, kRegisters>(row, rows, c, e, experts, acc);
+  outer_tiles<C, 1, kRegisters>(row, rows, c, e, experts, acc);
 }
 
 }  // namespace steer::cpu::STEER_NAMESPACE

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <numeric>
+#include <type_traits>
 
 #include "../steer.h"
 #include "vector.h"
@@ -38,9 +39,18 @@ inline void exponentials(double* x, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) x[i] = std::exp(x[i]);
 }
 
+// work(experts), with eight of them as a constant: loops of eight known steps are a few instructions, others mostly their own preparation.
+template <typename Work>
+[[gnu::always_inline]] inline void with_experts(std::int64_t experts, Work&& work) {
+  if (experts == 8)
+    work(std::integral_constant<std::int64_t, 8>());
+  else
+    work(experts);
+}
+
 // p = softmax(z), `rows` of them, one after another.
-template <typename C>
-inline void softmax(const C* z, std::int64_t rows, std::int64_t experts, C* p) {
+template <typename C, typename Count>
+[[gnu::always_inline]] inline void softmax_rows(const C* z, std::int64_t rows, Count experts, C* p) {
   for (std::int64_t r = 0; r < rows; ++r) {
     const C* logits = z + r * experts;
     C largest = logits[0];
@@ -56,6 +66,11 @@ inline void softmax(const C* z, std::int64_t rows, std::int64_t experts, C* p) {
     const C total = static_cast<C>(sum);
     for (std::int64_t e = 0; e < experts; ++e) p[e] /= total;
   }
+}
+
+template <typename C>
+inline void softmax(const C* z, std::int64_t rows, std::int64_t experts, C* p) {
+  with_experts(experts, [&](auto count) { softmax_rows(z, rows, count, p); });
 }
 
 // Puts the indices of the top_k largest logits first in `order`. Of equal logits the lowest index wins; NaN counts as the largest.
@@ -88,21 +103,23 @@ inline void route_selected(const C* z, const Problem& problem, C* g, C* probs, s
   }
 }
 
-// dz = p (dg - sum_e p dg). p are the gates g; where these are not renormalised, the full softmax, with no gradient off the selection.
-// `dg` (E) is overwritten.
-template <typename C>
-inline void route_backward(const C* g, const C* probs, C* dg, std::int64_t experts, C* dz) {
+// dz = p (dg - sum_e p dg), `rows` of them. p are the gates g; where these are not renormalised, the full softmax, with no gradient off the
+// selection. `dg` (rows, E) is overwritten.
+template <typename C, typename Count>
+[[gnu::always_inline]] inline void route_backward(const C* g, const C* probs, C* dg, std::int64_t rows, Count experts, C* dz) {
   const C* p = g;
   if (probs != nullptr) {
     p = probs;
-    for (std::int64_t e = 0; e < experts; ++e)
-      if (g[e] == C(0)) dg[e] = 0;
+    for (std::int64_t i = 0; i < rows * experts; ++i)
+      if (g[i] == C(0)) dg[i] = 0;
   }
-  double sum = 0;
+  for (std::int64_t r = 0; r < rows; ++r, p += experts, dg += experts, dz += experts) {
+    double sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (std::int64_t e = 0; e < experts; ++e) sum += static_cast<double>(p[e]) * dg[e];
-  const C mean = static_cast<C>(sum);
-  for (std::int64_t e = 0; e < experts; ++e) dz[e] = p[e] * (dg[e] - mean);
+    for (std::int64_t e = 0; e < experts; ++e) sum += static_cast<double>(p[e]) * dg[e];
+    const C mean = static_cast<C>(sum);
+    for (std::int64_t e = 0; e < experts; ++e) dz[e] = p[e] * (dg[e] - mean);
+  }
 }
 
 }  // namespace steer::cpu::STEER_NAMESPACE

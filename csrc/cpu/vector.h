@@ -98,7 +98,8 @@ struct Vector<float> {
   static constexpr int kLanes = 16;
   static constexpr int kRows = 6;  // rows and experts of a register tile: 24 accumulators of 32 registers
   static constexpr int kExperts = 4;
-  static constexpr int kOuter = 4;  // experts of a tile of outer products
+  static constexpr int kOuter = 8;  // experts and registers of a tile of outer products
+  static constexpr int kOuterRegisters = 2;
   __m512 v;
 
   static Vector zero() { return {_mm512_setzero_ps()}; }
@@ -146,7 +147,8 @@ struct Vector<double> {
   static constexpr int kLanes = 8;
   static constexpr int kRows = 6;
   static constexpr int kExperts = 4;
-  static constexpr int kOuter = 4;
+  static constexpr int kOuter = 8;
+  static constexpr int kOuterRegisters = 2;
   __m512d v;
 
   static Vector zero() { return {_mm512_setzero_pd()}; }
@@ -169,6 +171,7 @@ struct Vector<float> {
   static constexpr int kRows = 2;  // 8 accumulators of 16 registers
   static constexpr int kExperts = 4;
   static constexpr int kOuter = 2;
+  static constexpr int kOuterRegisters = 4;
   __m256 v;
 
   static Vector zero() { return {_mm256_setzero_ps()}; }
@@ -213,6 +216,7 @@ struct Vector<double> {
   static constexpr int kRows = 2;
   static constexpr int kExperts = 4;
   static constexpr int kOuter = 2;
+  static constexpr int kOuterRegisters = 4;
   __m256d v;
 
   static Vector zero() { return {_mm256_setzero_pd()}; }
@@ -239,6 +243,7 @@ struct Vector {
   static constexpr int kRows = 2;
   static constexpr int kExperts = 4;
   static constexpr int kOuter = 2;
+  static constexpr int kOuterRegisters = 4;
   typedef C Register __attribute__((vector_size(16)));
   Register v;
 
