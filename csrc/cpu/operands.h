@@ -8,7 +8,6 @@
 #include <optional>
 
 #include "../steer.h"
-#include "memory.h"
 #include "primitives.h"
 
 namespace steer::cpu::STEER_NAMESPACE {
@@ -123,15 +122,13 @@ struct Operands {
 };
 
 // Every thread's operands: a copy each, which costs it less than fetching its neighbour's out of that one's cache; or one for all, where
-// copies would not stay in a cache of a core's own.
+// copies would not stay in a cache of a core's own, or add up to much.
 template <typename C>
 class ThreadOperands {
  public:
   ThreadOperands(const Problem& p, int threads, bool short_W = false)
-      : p_(p), short_W_(short_W), room_(Operands<C>::room(p)), own_(room_ * static_cast<std::int64_t>(sizeof(C)) <= kOwnBytes) {
-    const std::int64_t count = (own_ ? threads : 1) * room_;
-    memory_.reserve(count);
-    prefer_large_pages(memory_.data(), count * static_cast<std::int64_t>(sizeof(C)));
+      : p_(p), short_W_(short_W), room_(Operands<C>::room(p)), own_(bytes(1) <= kOwnBytes && bytes(threads) <= kAllBytes) {
+    memory_.reserve((own_ ? threads : 1) * room_);
     if (!own_) shared_.emplace(p, short_W, memory_.data());
   }
 
@@ -139,7 +136,9 @@ class ThreadOperands {
   Operands<C> of(int thread) { return own_ ? Operands<C>(p_, short_W_, memory_.data() + thread * room_) : *shared_; }
 
  private:
-  static constexpr std::int64_t kOwnBytes = 1 << 20;
+  static constexpr std::int64_t kOwnBytes = 1 << 20, kAllBytes = 16 << 20;
+
+  std::int64_t bytes(int copies) const { return copies * room_ * static_cast<std::int64_t>(sizeof(C)); }
 
   const Problem& p_;
   const bool short_W_;
