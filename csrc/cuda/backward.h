@@ -108,6 +108,7 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
       wait_for_copies<0>();
     sync_block();
     const Tile<S> y = y_tile(stage), first = tile_of(stage, 0), second = second_tile(stage);
+    const auto in_place = [&](int row, int column, const float (&d)[8]) { write_gradient(first, second, row, column, d); };
 
     if (call.dnormed != nullptr && plan.window == 1) {
       frame_means(call, y, second, span.frames, partials, numbers);
@@ -126,7 +127,7 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
 #pragma unroll
           for (int m = 0; m < kLaneFrames; ++m) {
             const int row = lane / 8 + 4 * m;
-            if (row < span.frames) form_frame_gradient(call, y, first, second, row, column, gamma, numbers[row], dgamma, dbeta);
+            if (row < span.frames) form_frame_gradient(call, y, first, second, row, column, gamma, numbers[row], dgamma, dbeta, in_place);
           }
         }
         if (Steps > 0 && (workspace.dgamma != nullptr || workspace.dbeta != nullptr))
@@ -155,7 +156,8 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
         float dgamma[8] = {}, dbeta[8] = {};
         if (column < width)
           for (int w = lane / 8; w < span.windows; w += 4)
-            form_gradient(call, y, first, second, w * plan.window, window_frames(plan, span, w), column, column, numbers[w], dgamma, dbeta);
+            form_gradient(call, y, first, second, w * plan.window, window_frames(plan, span, w), column, column, numbers[w], dgamma, dbeta,
+                          in_place);
         if (Steps > 0 && (workspace.dgamma != nullptr || workspace.dbeta != nullptr))
           add_to_norm_sums(dgamma, dbeta, column, width, dgamma_sums, dbeta_sums);
       }

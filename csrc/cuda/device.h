@@ -119,6 +119,18 @@ STEER_DEVICE void write(Words* address, const Words& value) {
   *reinterpret_cast<uint4*>(address) = make_uint4(value.at[0], value.at[1], value.at[2], value.at[3]);
 }
 
+// Four matrices of 8 x 8 16-bit numbers from shared memory, each turned over: lane l gives the address of row l % 8 of matrix l / 8, and
+// lane 4 i + q receives column i of the rows 2 q and 2 q + 1, a matrix a word. So `mma` takes operands whose sum runs down the rows.
+STEER_DEVICE Words read_transposed(const void* shared) {
+  const std::uint32_t address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+  Words words;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words.at[0]), "=r"(words.at[1]), "=r"(words.at[2]), "=r"(words.at[3])
+               : "r"(address)
+               : "memory");
+  return words;
+}
+
 // 16 bytes from global to shared memory, on their own way: past the registers and the first cache level.
 STEER_DEVICE void copy_async(void* shared, const void* global) {
   const std::uint32_t address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));

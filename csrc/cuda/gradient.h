@@ -91,10 +91,11 @@ STEER_DEVICE void write_gradient(Tile<S> first, Tile<S> second, int row, int at,
   }
 }
 
-// d of one window and eight columns, in place. `column` counts in the stream, `at` in the tiles. Adds to dgamma and dbeta (8).
-template <typename S>
+// d of one window and eight columns, a frame at a time to `emit(row, at, d)`, which may write over what `first` and `second` have there.
+// `column` counts in the stream, `at` in the tiles. Adds to dgamma and dbeta (8).
+template <typename S, typename Emit>
 STEER_DEVICE void form_gradient(const Backward& call, Tile<S> y, Tile<S> first, Tile<S> second, int row, int frames, int at, int column,
-                                const WindowNumbers& numbers, float (&dgamma)[8], float (&dbeta)[8]) {
+                                const WindowNumbers& numbers, float (&dgamma)[8], float (&dbeta)[8], Emit emit) {
   float dp[8];
   int argmax[8];
 #pragma unroll
@@ -119,7 +120,7 @@ STEER_DEVICE void form_gradient(const Backward& call, Tile<S> y, Tile<S> first, 
     const Chunk<S> dy = call.dy != nullptr ? read_shared_chunk(first.at(row + f, at)) : zero_chunk<S>();
 #pragma unroll
     for (int c = 0; c < 8; ++c) d[c] = dy.value(c) + (to_the_largest && argmax[c] != f ? 0.0f : dp[c]);
-    write_gradient(first, second, row + f, at, d);
+    emit(row + f, at, d);
   }
 }
 
@@ -186,10 +187,11 @@ STEER_DEVICE void frame_means(const Backward& call, Tile<S> y, Tile<S> dn, int f
   sync_block();
 }
 
-// d of one frame and eight columns, in place, as `form_gradient`.
-template <typename S>
+// d of one frame and eight columns, as `form_gradient`.
+template <typename S, typename Emit>
 STEER_DEVICE void form_frame_gradient(const Backward& call, Tile<S> y, Tile<S> first, Tile<S> second, int row, int at,
-                                      const float (&gamma)[8], const WindowNumbers& numbers, float (&dgamma)[8], float (&dbeta)[8]) {
+                                      const float (&gamma)[8], const WindowNumbers& numbers, float (&dgamma)[8], float (&dbeta)[8],
+                                      Emit emit) {
   float xhat[8], d[8];
   normalise(read_shared_chunk(y.at(row, at)), numbers, xhat);
   const Chunk<S> incoming = read_shared_chunk(second.at(row, at));
@@ -202,7 +204,7 @@ STEER_DEVICE void form_frame_gradient(const Backward& call, Tile<S> y, Tile<S> f
     const float off = multiply_add(-numbers.mean_txhat, xhat[c], multiply_add(dn, gamma[c], -numbers.mean_t));
     d[c] = multiply_add(numbers.rstd, off, dy.value(c));
   }
-  write_gradient(first, second, row, at, d);
+  emit(row, at, d);
 }
 
 // Adds the dgamma and dbeta of a step's 64 columns, which four lanes have a share of, to their sums in shared memory: each of the four adds
@@ -227,6 +229,20 @@ STEER_DEVICE void add_to_norm_sums(const float (&dgamma)[8], const float (&dbeta
 // Starts copying `rows` rows of a table (N, E) from global memory; zeros below them, up to `all_rows`.
 STEER_DEVICE void copy_table(float* table, int stride, const float* source, int rows, int all_rows, int experts) {
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+  if (experts % 4 == 0 && reinterpret_cast<std::uintptr_t>(source) % 16 == 0) {  // four numbers at once, two rows a warp
+    constexpr int kLanes = kWarpSize / 2;
+#pragma unroll 1
+    for (int row = 2 * warp + lane / kLanes; row < all_rows; row += 2 * kWarps) {
+#pragma unroll 1
+      for (int e = lane % kLanes * 4; e < experts; e += 4 * kLanes) {
+        if (row < rows)
+          copy_async(table + row * stride + e, source + row * experts + e);
+        else
+          write(reinterpret_cast<Words*>(table + row * stride + e), {{0u, 0u, 0u, 0u}});
+      }
+    }
+    return;
+  }
 #pragma unroll 1  // registers are short where this is called
   for (int row = warp; row < all_rows; row += kWarps) {
     float* to = table + row * stride;

@@ -110,14 +110,21 @@ bool plan_backward(const Backward& call, const Machine& machine, Plan& plan) {
   return true;
 }
 
+// Groups of eight experts that a warp of the parameters' kernel holds: as few as leave a multiprocessor two blocks, or all there may be.
+inline bool few_groups(const Problem& p) { return p.experts <= 2 * 4 * 8; }
+
 template <typename S>
 void plan_parameters(const Backward& call, const Machine& machine, Plan& plan) {
   const Problem& p = call.problem;
   plan = plan_windows(p);
-  plan.stride = tile_stride<S>(kMixStep);
   plan.frames = kParameterFrames / plan.window * plan.window;
   plan.clip_tiles = (plan.clip_frames + plan.frames - 1) / plan.frames;
-  plan.shared_bytes = 4 * ParameterShared(static_cast<int>(p.experts)).end() + std::int64_t{3} * plan.frames * plan.stride * sizeof(S);
+  const int tiles = 1 + GradientTiles<S>(call).second + (call.dnormed != nullptr || call.dweight != nullptr);
+  const auto bytes = [&](int stages) -> std::int64_t { return ParameterShared<S>(static_cast<int>(p.experts), tiles, stages).end(); };
+  // The next tile's copies under way, where that does not cost a block.
+  const int blocks = few_groups(p) ? kResident : 1;
+  plan.stages = bytes(2) <= machine.shared_per_block && blocks * (bytes(2) + kReservedShared) <= machine.shared_per_multiprocessor ? 2 : 1;
+  plan.shared_bytes = bytes(plan.stages);
   const std::int64_t strips = (p.width + kMixStep - 1) / kMixStep + (p.experts + kMixStep - 1) / kMixStep;
   plan.blocks = static_cast<int>(std::clamp<std::int64_t>(2 * machine.multiprocessors / strips, 1, plan.tiles()));
 }

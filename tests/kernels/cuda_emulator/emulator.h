@@ -219,6 +219,34 @@ inline void multiply_on_warp(float (&c)[4], std::initializer_list<std::uint32_t>
 
 }  // namespace emulator
 
+namespace emulator {
+
+// Slots: a row's address. The last lane to come reads for all, as the warp does: at once.
+inline void transpose(Exchange& exchange, int turn) {
+  for (int lane = 0; lane < 32; ++lane)
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      std::uint16_t pair[2];
+      for (int half = 0; half < 2; ++half) {
+        const std::uint64_t row = exchange.slots[turn][8 * matrix + 2 * (lane % 4) + half][0];
+        std::memcpy(&pair[half], reinterpret_cast<const std::uint16_t*>(row) + lane / 4, 2);
+      }
+      std::memcpy(&exchange.results[turn][lane][matrix], pair, 4);
+    }
+}
+
+}  // namespace emulator
+
+inline Words read_transposed(const void* shared) {
+  static const char kind = 0;
+  check_alignment(shared);
+  emulator::check_shared(shared, 16);
+  const std::uint64_t brought[] = {reinterpret_cast<std::uint64_t>(shared)};
+  const int turn = emulator::meet(&kind, brought, 1, &emulator::transpose);
+  Words words;
+  std::memcpy(words.at, emulator::exchange().results[turn][thread_index() % 32], sizeof(words));
+  return words;
+}
+
 template <typename T>
 inline void mma(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2, std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
   emulator::multiply_on_warp<T, 16>(c, {a0, a1, a2, a3, b0, b1});
