@@ -10,7 +10,8 @@
 // `Chunk`, and no operand has to be moved between lanes.
 //
 // The tensor cores cut off what does not fit when they add. So every step starts from zero, small parts first, and is added to the
-// running sum in float32 with rounding.
+// running sum in float32 with rounding. A sum over experts or columns whose factors are cut to 16 bits anyway stays in the tensor cores:
+// what its few dozen additions lose, 2^-24 of it each, is less than the parts that were left out.
 #pragma once
 
 #include "parts.h"
@@ -91,7 +92,8 @@ STEER_DEVICE void dots(Tile<S> first_tile, Tile<S> second_tile, int rows, const 
       const int e = first + 8 * j + i < experts ? first + 8 * j + i : experts - 1;
       std::uint32_t b[kB][4];
       neighbours<kB>(wanted < width ? read_only_chunk(parameter + (e * width + column)) : zero_chunk<P>(), b);
-      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      float fresh[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      float (&sum)[4] = fine ? fresh : sums[j];
 #pragma unroll
       for (int order = kA + kB - 2; order >= 0; --order)
 #pragma unroll
@@ -103,7 +105,7 @@ STEER_DEVICE void dots(Tile<S> first_tile, Tile<S> second_tile, int rows, const 
           mma<M>(sum, a[0][p][2], a[1][p][2], a[0][p][3], a[1][p][3], b[r][2], b[r][3]);
         }
 #pragma unroll
-      for (int c = 0; c < 4; ++c) sums[j][c] += sum[c];
+      for (int c = 0; c < 4; ++c) sums[j][c] = fine ? sums[j][c] + sum[c] : sum[c];
     }
   }
 }
@@ -167,34 +169,54 @@ STEER_DEVICE void mix(const float* table, int stride, int rows, const P* paramet
     // Columns beyond the last are read as the last: nobody takes them.
     const int wanted = step * kMixStep + 8 * chunk, column = wanted < width ? wanted : width - 8;
     float sums[8][4];
-    // Eight experts' share; the first ones' is not added to anything.
-    const auto eight = [&](int first, auto add) {
-      const int e = first + 2 * q;
-      std::uint32_t a[2][kA];
+    // The share of eight experts, or of sixteen; not added to anything where it is the first.
+    const auto share = [&](int first, auto eights, auto add) {
+      constexpr int kEights = decltype(eights)::value;
+      std::uint32_t a[kEights][2][kA], b[kEights][kB][8];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float* c = table + (i + 8 * half) * stride + e;
-        split_pair(c[0], c[1], a[half]);
+      for (int k = 0; k < kEights; ++k) {
+        const int e = first + 8 * k + 2 * q;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* c = table + (i + 8 * half) * stride + e;
+          split_pair(c[0], c[1], a[k][half]);
+        }
+        const P* row = parameter + static_cast<std::int64_t>(e) * width + column;
+        across<kB>(e < experts ? read_only_chunk(row) : zero_chunk<P>(), e + 1 < experts ? read_only_chunk(row + width) : zero_chunk<P>(),
+                   b[k]);
       }
-      std::uint32_t b[kB][8];
-
-      const P* row = parameter + static_cast<std::int64_t>(e) * width + column;
-      across<kB>(e < experts ? read_only_chunk(row) : zero_chunk<P>(), e + 1 < experts ? read_only_chunk(row + width) : zero_chunk<P>(), b);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        float fresh[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        float (&sum)[4] = !fine && add ? sums[j] : fresh;
 #pragma unroll
         for (int order = kA + kB - 2; order >= 0; --order)
 #pragma unroll
-          for (int p = 0; p < kA; ++p)
-            if (order - p >= 0 && order - p < kB && kept<kA, kB>(p, order - p)) mma_k8(sum, a[0][p], a[1][p], b[order - p][j]);
+          for (int p = 0; p < kA; ++p) {
+            const int r = order - p;
+            if (r < 0 || r >= kB || !kept<kA, kB>(p, r)) continue;
+            if constexpr (kEights == 2)
+              mma<BFloat16>(sum, a[0][0][p], a[0][1][p], a[1][0][p], a[1][1][p], b[0][r][j], b[1][r][j]);
+            else
+              mma_k8(sum, a[0][0][p], a[0][1][p], b[0][r][j]);
+          }
 #pragma unroll
-        for (int c = 0; c < 4; ++c) sums[j][c] = add ? sums[j][c] + sum[c] : sum[c];
+        for (int c = 0; c < 4; ++c) sums[j][c] = fine && add ? sums[j][c] + sum[c] : sum[c];
       }
     };
-    eight(0, std::false_type());
+    using One = std::integral_constant<int, 1>;
+    using Two = std::integral_constant<int, 2>;
+    if constexpr (fine) {  // three parts of sixteen experts would take all registers
+      share(0, One(), std::false_type());
 #pragma unroll 1
-    for (int first = 8; first < experts; first += 8) eight(first, std::true_type());
+      for (int first = 8; first < experts; first += 8) share(first, One(), std::true_type());
+    } else if (experts <= 8) {
+      share(0, One(), std::false_type());
+    } else {
+      share(0, Two(), std::false_type());
+#pragma unroll 1
+      for (int first = 16; first < experts; first += 16) share(first, Two(), std::true_type());
+    }
     onto(step * kMixStep, sums);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
