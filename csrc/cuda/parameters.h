@@ -125,7 +125,8 @@ STEER_KERNEL STEER_THREADS(kThreads, Groups <= 4 ? kResident : 1)
   constexpr int kFactorParts = kFine ? 3 : 2, kStreamParts = kParts<S, kFine>;
   const Problem& problem = call.problem;
   const int width = static_cast<int>(problem.width), experts = static_cast<int>(problem.experts);
-  const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+  const unsigned thread = static_cast<unsigned>(thread_index());  // what is divided of it needs no care for signs, nor registers for that
+  const int warp = thread / kWarpSize, lane = thread % kWarpSize;
   const GradientTiles<S> has(call);
   const int strips = (width + kMixStep - 1) / kMixStep, strip = block_index();
   const bool of_gates = strip >= strips;
@@ -147,9 +148,9 @@ STEER_KERNEL STEER_THREADS(kThreads, Groups <= 4 ? kResident : 1)
   }
 
   constexpr int kEach = 16 / sizeof(S), kPieces = kMixStep / kEach, kTableLanes = 16;
-  const int piece = thread_index() % kPieces * kEach, piece_row = thread_index() / kPieces;
-  const std::int64_t stream_offset = static_cast<std::int64_t>(piece_row) * width + column + piece;
-  const int table_row = thread_index() / kTableLanes, table_lane = thread_index() % kTableLanes;
+  const int piece = thread % kPieces * kEach, piece_row = thread / kPieces;
+  const int stream_offset = piece_row * width + column + piece;
+  const int table_row = thread / kTableLanes, table_lane = thread % kTableLanes;
   const bool fours = experts % 4 == 0 && reinterpret_cast<std::uintptr_t>(call.gates) % 16 == 0;
   const auto fetch = [&](std::int64_t tile, int stage) {
     if (tile >= plan.tiles()) return;
@@ -162,14 +163,14 @@ STEER_KERNEL STEER_THREADS(kThreads, Groups <= 4 ? kResident : 1)
       for (int more = 0; more < kParameterFrames; more += kThreads / kPieces) {
         const int r = piece_row + more;
         if (r >= span.frames || piece >= columns) break;
-        const std::int64_t further = static_cast<std::int64_t>(more) * width;
+        const int further = more * width;
         if (call.dy != nullptr) copy_async(first.at(r, piece), static_cast<const S*>(call.dy) + from + further);
         if (needs_y) copy_async(y.at(r, piece), static_cast<const S*>(call.y) + from + further);
         if (call.dnormed != nullptr && r < span.windows)
           copy_async(second.at(r * plan.window, piece), static_cast<const S*>(call.dnormed) + from_window + further);
       }
       if (call.dnormed != nullptr && thread_index() < 4 * span.windows) {
-        const int which = thread_index() % 4, w = thread_index() / 4;
+        const int which = thread % 4, w = thread / 4;
         const std::int64_t windows = problem.batch * problem.pooled;
         const float* source =
             which < 2 ? static_cast<const float*>(call.stats) + which * windows : workspace.row_means + (which - 2) * windows;
@@ -200,12 +201,12 @@ STEER_KERNEL STEER_THREADS(kThreads, Groups <= 4 ? kResident : 1)
   // not exist: so the compiler knows that a warp's lanes stay together, and nobody writes those sums.
   const int mine = warp % (kMixStep / kStrip) * kStrip, half = warp / (kMixStep / kStrip);
   const bool alone = shared.groups == 1;
-  const int group_count = (shared.groups + 1) / 2, first_group = alone ? 0 : half * group_count;
+  const int group_count = (shared.groups + 1) / 2, first_group = half * (shared.groups / 2);
   // As read_transposed takes rows and columns: the stream's come as the first operand's, a table's as the second's.
   const int lane_row = lane % 8 + 8 * (lane / 16), side = lane / 8 % 2, factor_row = lane % 16, factor_part = lane / 16;
 
   float dweight_sums[Groups][4], dvectors_sums[Groups][4], dgamma[8] = {}, dbeta[8] = {};
-  float dbias_sum = 0.0f, dscale_sum = 0.0f;
+  float &dbias_sum = dgamma[0], &dscale_sum = dbeta[0];  // the strips of M have no columns of a norm, and registers are short
 #pragma unroll
   for (int k = 0; k < Groups; ++k)
 #pragma unroll
@@ -260,21 +261,23 @@ STEER_KERNEL STEER_THREADS(kThreads, Groups <= 4 ? kResident : 1)
           } else if (has.forms || kFine) {
             form_gradient(call, y, first, second, row, frames, at, column + at, numbers[w], dgamma, dbeta, emit);
           }
-          if (kStreamParts > 1 && workspace.dweight != nullptr)
-#pragma unroll 1
-            for (int f = row; f < row + frames; ++f) {
-              const Chunk<S> chunk = read_shared_chunk(y.at(f, at));
-              char* const place = reinterpret_cast<char*>(y.at(f, at));
-              if constexpr (kFine) {
-                write_parts<3>(chunk, place, plane(0, f));
-              } else if constexpr (kStreamParts == 2) {
-                std::uint32_t parts[2][4];
-                neighbours<2>(chunk, parts);
-                write(reinterpret_cast<Words*>(place), {{parts[0][0], parts[0][1], parts[0][2], parts[0][3]}});
-                write(reinterpret_cast<Words*>(plane(0, f)), {{parts[1][0], parts[1][1], parts[1][2], parts[1][3]}});
-              }
-            }
         }
+      if (kStreamParts > 1 && workspace.dweight != nullptr) {
+        if (plan.window > 1) sync_block();  // others pool these frames
+#pragma unroll 1
+        for (int row = warp * 4 + lane / 8; row < span.frames && at < columns; row += kWarps * 4) {
+          const Chunk<S> chunk = read_shared_chunk(y.at(row, at));
+          char* const place = reinterpret_cast<char*>(y.at(row, at));
+          if constexpr (kFine) {
+            write_parts<3>(chunk, place, plane(0, row));
+          } else if constexpr (kStreamParts == 2) {
+            std::uint32_t parts[2][4];
+            neighbours<2>(chunk, parts);
+            write(reinterpret_cast<Words*>(place), {{parts[0][0], parts[0][1], parts[0][2], parts[0][3]}});
+            write(reinterpret_cast<Words*>(plane(0, row)), {{parts[1][0], parts[1][1], parts[1][2], parts[1][3]}});
+          }
+        }
+      }
     }
     {
       // Half of a warp has g, half dz, two rows each. Rows beyond the last frame become zero.

@@ -52,8 +52,9 @@ struct Tile {
 // One step's share of `sums` [4][4]: experts `first` + 8 j + 2 q (+ 1), frames i (+ 8). `h` is `first_tile`, plus `second_tile` where there
 // is one; `rows` frames of it exist.
 //
-// M is the type multiplied in. Where tiles and M are one type, each tile is multiplied as it is; else their sum is cut into parts.
-template <typename M, bool fine, typename S, typename P>
+// `together`: no branch between the groups of eight experts, also of such as do not exist, so that their products overlap. M is the type
+// multiplied in. Where tiles and M are one type, each tile is multiplied as it is; else their sum is cut into parts.
+template <typename M, bool fine, bool together, typename S, typename P>
 STEER_DEVICE void dots(Tile<S> first_tile, Tile<S> second_tile, int rows, const P* parameter, int first, int experts, int width,
                        float (&sums)[4][4]) {
   constexpr bool kAsStored = std::is_same_v<S, M>;
@@ -88,7 +89,7 @@ STEER_DEVICE void dots(Tile<S> first_tile, Tile<S> second_tile, int rows, const 
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if (first + 8 * j >= experts) break;
+      if (!together && first + 8 * j >= experts) break;
       const int e = first + 8 * j + i < experts ? first + 8 * j + i : experts - 1;
       std::uint32_t b[kB][4];
       neighbours<kB>(wanted < width ? read_only_chunk(parameter + (e * width + column)) : zero_chunk<P>(), b);
@@ -119,7 +120,12 @@ STEER_DEVICE void block_dots(Tile<S> first_tile, Tile<S> second_tile, int rows, 
   const int warp = thread_index() / kWarpSize, i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
   for (int first = 0; first < experts; first += kExpertGroup) {
     float sums[4][4];
-    dots<M, fine>(first_tile, second_tile, rows, parameter, first, experts, width, sums);
+    // Numbers in several parts would not leave the registers for it.
+    constexpr bool kOnePart = std::is_same_v<S, M> && std::is_same_v<P, M>;
+    if (kOnePart && experts - first > 8)
+      dots<M, fine, kOnePart>(first_tile, second_tile, rows, parameter, first, experts, width, sums);
+    else
+      dots<M, fine, false>(first_tile, second_tile, rows, parameter, first, experts, width, sums);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (first + 8 * j >= experts) break;
