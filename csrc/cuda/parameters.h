@@ -14,7 +14,9 @@
 namespace steer::cuda {
 
 constexpr int kParameterFrames = 32;
-constexpr int kStrip = 16;  // columns of a warp
+constexpr int kStrip = 16;                         // columns of a warp
+constexpr int kFewGroups = 4;                      // of eight experts, that a warp holds the sums of
+constexpr int kAllGroups = kMaxExperts / (2 * 8);  // the most there may be
 
 // What a block keeps in shared memory, in bytes. Rows lie an odd multiple of 16 bytes apart: so eight of them meet all banks.
 template <typename S>
@@ -116,9 +118,8 @@ STEER_DEVICE void write_sums(float* partial, int experts, int width, int expert,
   }
 }
 
-// Groups: of eight experts that a warp holds sums of.
 template <typename S, int Groups>
-STEER_KERNEL STEER_THREADS(kThreads, Groups <= 4 ? kResident : 1)
+STEER_KERNEL STEER_THREADS(kThreads, Groups <= kFewGroups ? kResident : 1)
     steer_parameters_kernel(const Backward call, const Plan plan, const Workspace workspace) {
   using Shared = ParameterShared<S>;
   constexpr bool kFine = std::is_same_v<S, float>;

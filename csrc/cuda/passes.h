@@ -86,7 +86,7 @@ Workspace backward_pass(const Backward& call, const Machine& machine, float* bas
     run(sums ? &steer_backward_kernel<S, S, kHeldSteps> : &steer_backward_kernel<S, S, 0>);
   if (plan.again) {
     const std::int64_t strips = (p.width + kMixStep - 1) / kMixStep + (p.experts + kMixStep - 1) / kMixStep;
-    const auto kernel = few_groups(p) ? &steer_parameters_kernel<S, 4> : &steer_parameters_kernel<S, 16>;
+    const auto kernel = few_groups(p) ? &steer_parameters_kernel<S, kFewGroups> : &steer_parameters_kernel<S, kAllGroups>;
     launch("steer_parameters_kernel", kernel, Grid{strips, plan.second.blocks}, plan.second.shared_bytes, stream, call, plan.second,
            plan.workspace);
   }

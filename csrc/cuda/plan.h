@@ -110,8 +110,8 @@ bool plan_backward(const Backward& call, const Machine& machine, Plan& plan) {
   return true;
 }
 
-// Groups of eight experts that a warp of the parameters' kernel holds: as few as leave a multiprocessor two blocks, or all there may be.
-inline bool few_groups(const Problem& p) { return p.experts <= 2 * 4 * 8; }
+// Whether two blocks of the parameters' kernel hold all experts' sums in a multiprocessor's registers.
+inline bool few_groups(const Problem& p) { return p.experts <= 2 * kFewGroups * 8; }
 
 template <typename S>
 void plan_parameters(const Backward& call, const Machine& machine, Plan& plan) {
