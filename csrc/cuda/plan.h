@@ -56,7 +56,9 @@ inline bool plan_tiles(Plan& plan, const Machine& machine, std::int64_t row_byte
     return std::min<std::int64_t>(most_blocks, machine.shared_per_multiprocessor / (bytes(count, stages) + kReservedShared));
   };
   const std::int64_t share = std::max<std::int64_t>((frames + machine.multiprocessors - 1) / machine.multiprocessors, least_frames);
-  for (int rows = kRows; rows >= plan.window; rows /= 2) {
+  // Fewer frames leave products empty, which counts where a single block has to do all of a multiprocessor's work.
+  const auto fewer = [&](int rows) { return most_blocks > 1 ? rows / 2 : rows > kRows / 2 ? rows - 4 : rows - 2; };
+  for (int rows = kRows; rows >= plan.window; rows = fewer(rows)) {
     const int whole = std::max(1, static_cast<int>(std::min<std::int64_t>(rows, share)) / plan.window) * plan.window;
     plan.frames = whole;
     const std::int64_t one = blocks(whole, 1), two = blocks(whole, 2);
@@ -64,7 +66,7 @@ inline bool plan_tiles(Plan& plan, const Machine& machine, std::int64_t row_byte
       plan.stages = 1;
     } else if (two >= 1) {
       plan.stages = 2;
-    } else if (one >= 1 && rows / 2 < plan.window) {
+    } else if (one >= 1 && fewer(rows) < plan.window) {
       plan.stages = 1;
     } else {
       continue;
