@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from problems import Problem, draw, dtypes_of, fused, interpreted
+
+from steermoe_kernels.backends import cpu
+
+needs_cpu = pytest.mark.skipif(cpu.unavailable() is not None, reason="the compiled module is not here")
 
 PROBLEMS = [
     Problem(batch=2, frames=5, num_experts=8),
@@ -41,3 +49,42 @@ def test_no_gradient_depends_on_the_company_it_keeps(backend: str, device: torch
         alone = replace(problem, wanted=(name,))
         results = fused(alone, *draw(alone, torch.float32, device), backend)
         assert torch.equal(results["d" + name], every["d" + name]), name
+
+
+SHARED_OUT = [
+    Problem(frames=1499, width=96, num_experts=8, norm="layer", residual=True),
+    Problem(frames=301, width=1280, num_experts=128),  # too large for a copy of its parameters a thread
+]
+
+
+def _on_threads(problem: Problem, threads: int) -> dict[str, torch.Tensor]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return fused(problem, *draw(problem, torch.float32, torch.device("cpu")), "cpu")
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_cpu
+@pytest.mark.parametrize("problem", SHARED_OUT, ids=str)
+def test_threads_change_no_bit(problem: Problem) -> None:
+    one = _on_threads(problem, 1)
+    for threads in (2, 3, 5):
+        for name, tensor in _on_threads(problem, threads).items():
+            assert torch.equal(tensor, one[name]), f"{name}, {threads} threads"
+
+
+@needs_cpu
+@pytest.mark.parametrize("granted", [1, 2])
+def test_the_runtime_may_grant_fewer_threads(granted: int) -> None:
+    """What is meant for those that do not come is done by the others."""
+    program = (
+        "import test_determinism as tests, torch\n"
+        "for problem in tests.SHARED_OUT:\n"
+        "    one, five = tests._on_threads(problem, 1), tests._on_threads(problem, 5)\n"
+        "    assert all(torch.equal(five[name], one[name]) for name in one)\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_THREAD_LIMIT": str(granted), "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
