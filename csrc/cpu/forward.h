@@ -57,8 +57,10 @@ class ForwardPass {
     router_logits<R>(u, x);
     C* g = static_cast<C*>(call_.gates) + first * E;
     if (const C* b = operands_.b)
-      for (int r = 0; r < R; ++r)
-        for (std::int64_t e = 0; e < E; ++e) z_[r * E + e] += b[e];
+      with_experts(E, [&](auto experts) {
+        for (int r = 0; r < R; ++r)
+          for (std::int64_t e = 0; e < experts; ++e) z_[r * experts + e] += b[e];
+      });
     if (p_.dense())
       softmax(z_, R, E, g);
     else
