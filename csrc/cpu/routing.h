@@ -105,7 +105,7 @@ inline void softmax(const C* z, std::int64_t rows, std::int64_t experts, C* p) {
   if constexpr (std::is_same_v<C, float>)
     if (experts == 8) return softmax_of_eight(z, rows, p);
 #endif
-  softmax_rows(z, rows, experts, p);
+  with_experts(experts, [&](auto count) { softmax_rows(z, rows, count, p); });
 }
 
 // Puts the indices of the top_k largest logits first in `order`. Of equal logits the lowest index wins; NaN counts as the largest.
