@@ -165,8 +165,9 @@ inline void mix(const C* c, const C* M, std::int64_t experts, std::int64_t width
   if (d < width) mix_block<C, R, false>(c, M, experts, d, emit);
 }
 
-// acc[e][d ..] += sum_r c[r][e] row(r, d)[..] over `rows` rows, X experts and K registers of a block of columns, from column `d` of it on;
-// `row(r, d)` points there in row r. The rows' sum is added up from zero, so that a chain of additions is no longer than that.
+// acc[e][d ..] += sum_r c[r][e] row(K, r, d)[..] over `rows` rows: X experts and K registers of a block of columns, from column `d` of it
+// on. `row(K, r, d)` points there in row r, and may ask for others meanwhile. The rows' sum is added up from zero, so that a chain of
+// additions is no longer than that.
 template <typename C, int X, int K, typename Row>
 [[gnu::always_inline]] inline void outer_tile(Row& row, std::int64_t rows, const C* c, std::int64_t experts, std::int64_t d, C* acc) {
   using V = Vector<C>;
