@@ -236,7 +236,7 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
     if constexpr (Steps > 0) {
       std::uint32_t factor[2][kFactorParts];
       if (workspace.dweight != nullptr) {
-        outer_factor(dz, shared.table, 0, factor);
+        outer_factor(dz, shared.table, factor);
 #pragma unroll
         for (int k = 0; k < Steps; ++k) {
           const int column = (warp + k * kWarps) * kMixStep;
@@ -250,7 +250,7 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
         }
       }
       if (workspace.dvectors != nullptr) {
-        outer_factor(g, shared.table, 0, factor);
+        outer_factor(g, shared.table, factor);
 #pragma unroll
         for (int k = 0; k < Steps; ++k) {
           const int column = (warp + k * kWarps) * kMixStep;
@@ -270,10 +270,9 @@ STEER_KERNEL STEER_THREADS(kThreads, Steps == 0 ? kResident : 1)
     for (int k = 0; k < Steps; ++k) {
       const int column = (warp + k * kWarps) * kMixStep;
       if (column >= width) break;
-      if (workspace.dweight != nullptr)
-        write_outer(workspace.dweight + split * experts * width, experts, width, 0, column, dweight_sums[k]);
+      if (workspace.dweight != nullptr) write_outer(workspace.dweight + split * experts * width, experts, width, column, dweight_sums[k]);
       if (workspace.dvectors != nullptr)
-        write_outer(workspace.dvectors + split * experts * width, experts, width, 0, column, dvectors_sums[k]);
+        write_outer(workspace.dvectors + split * experts * width, experts, width, column, dvectors_sums[k]);
     }
     const int e = thread_index() / kHeldExperts, f = thread_index() % kHeldExperts;
     if (workspace.mixed != nullptr && e < experts && f < experts) workspace.mixed[(split * experts + e) * experts + f] = mixed_sum;

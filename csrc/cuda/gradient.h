@@ -261,14 +261,14 @@ STEER_DEVICE void clear(float* from, int count) {
   for (int k = thread_index(); k < count; k += kThreads) from[k] = 0.0f;
 }
 
-// One step's sums of eight experts to a partial (E, columns).
-STEER_DEVICE void write_outer(float* partial, int experts, int width, int expert, int column, const float (&sums)[4][4]) {
+// One step's sums of the first eight experts to a partial (E, columns).
+STEER_DEVICE void write_outer(float* partial, int experts, int width, int column, const float (&sums)[4][4]) {
   const int i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
 #pragma unroll
   for (int t = 0; t < 4; ++t)
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const int e = expert + 2 * q + c % 2, at = column + 8 * i + 2 * t + c / 2;
+      const int e = 2 * q + c % 2, at = column + 8 * i + 2 * t + c / 2;
       if (e < experts && at < width) partial[static_cast<std::int64_t>(e) * width + at] = sums[t][c];
     }
 }

@@ -236,13 +236,13 @@ STEER_DEVICE void mix(const float* table, int stride, int rows, const P* paramet
 }
 
 // acc [4][4] += h^T c over one step of the width, eight experts and 16 frames: acc[t] holds columns 8 i + 2 t (c < 2) and the next,
-// experts 2 q + c % 2. `b` [half][part]: frames q and q + 4, and q + 8 and q + 12, of expert `first` + i, from `outer_factor`.
+// experts 2 q + c % 2. `b` [half][part]: frames q and q + 4, and q + 8 and q + 12, of expert i, from `outer_factor`.
 template <int Parts>
-STEER_DEVICE void outer_factor(const float* table, int stride, int expert, std::uint32_t (&b)[2][Parts]) {
+STEER_DEVICE void outer_factor(const float* table, int stride, std::uint32_t (&b)[2][Parts]) {
   const int i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float* c = table + (q + 8 * half) * stride + expert + i;
+    const float* c = table + (q + 8 * half) * stride + i;
     split_pair(c[0], c[4 * stride], b[half]);
   }
 }
