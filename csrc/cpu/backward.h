@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -92,54 +93,99 @@ class BackwardPass {
   static constexpr int kLanes = V::kLanes;
 
  public:
-  static constexpr int kBlock = 12;            // rows whose outer products are added up before they touch dW and dV
-  static constexpr int kChain = 192 / kBlock;  // blocks that are summed in C
+  // Rows whose outer products are added up before they touch dW and dV.
+  static constexpr int block_of(bool tiled) { return tiled ? kTileRows : 12; }
+  static constexpr int kChain = 192;  // rows that are summed in C
 
   BackwardPass(const Backward& call, const Operands<C>& operands)
-      : call_(call), p_(call.problem), operands_(operands), stride_(operands.stride) {
+      : call_(call), p_(call.problem), operands_(operands), stride_(operands.stride), block_(block_of(operands.tiled)) {
     const bool routed = call.du != nullptr || call.dweight != nullptr || call.dbias != nullptr;
     needs_dz_ = routed;
     needs_a_ = routed || call.dscale != nullptr;
-    const std::int64_t E = p_.experts, rows = kBlock + 4;
-    scratch_.reserve(rows * stride_ + kBlock * kColumns<C> + (2 * kBlock + 2 * V::kRows) * E);
+    const std::int64_t E = p_.experts, rows = block_ + 4, together = operands.tiled ? kTileRows : V::kRows;
+    scratch_.reserve(rows * stride_ + block_ * kColumns<C> + 2 * (block_ + together) * E);
     C* next = scratch_.data();
     const auto take = [&next](std::int64_t count) { return std::exchange(next, next + count); };
-    d_ = take(kBlock * stride_);
+    d_ = take(block_ * stride_);
     pooled_ = take(stride_);
     dp_ = take(stride_);
     t_ = take(stride_);
     zero_ = take(stride_);
     std::fill(d_, zero_ + stride_, C(0));
-    u_ = take(kBlock * kColumns<C>);
-    dz_ = take(kBlock * E);
-    sg_ = take(kBlock * E);
-    a_ = take(V::kRows * E);
-    dg_ = take(V::kRows * E);
+    u_ = take(block_ * kColumns<C>);
+    dz_ = take(block_ * E);
+    sg_ = take(block_ * E);
+    a_ = take(together * E);
+    dg_ = take(together * E);
     if (p_.pool == Pool::kMax) argmax_.resize(p_.width);
+    if constexpr (kTiles<S>)
+      if (operands.tiled) tiled_.emplace(E, p_.width);
   }
 
   // Adds the shard's sums to `partial`.
   void run(Shard shard, Partial<C>& partial) {
     partial_ = &partial;
-    int chain = 0;
-    for (std::int64_t row = shard.first; row < shard.last; row += kBlock) {
-      if (chain++ == kChain) {
+    std::int64_t chain = 0;
+    for (std::int64_t row = shard.first; row < shard.last; row += block_) {
+      const int count = static_cast<int>(std::min<std::int64_t>(block_, shard.last - row));
+      if (chain + count > kChain) {
         partial_->end_chains();
-        chain = 1;
+        chain = 0;
       }
-      block(row, std::min<std::int64_t>(kBlock, shard.last - row));
+      chain += count;
+      if constexpr (kTiles<S>)
+        if (tiled_) {
+          tiled_block(row, count);
+          continue;
+        }
+      block(row, count);
     }
   }
 
  private:
   // First, a few rows at a time, what needs whole rows: d and dz. Then, a block of columns at a time, what they give: du, u and the outer
   // products, whose sums stay in registers over all the block's rows. The stores of du wait for memory while the others compute.
-  void block(std::int64_t first, std::int64_t count) {
+  void block(std::int64_t first, int count) {
     in_tiles(count, [&](auto rows, std::int64_t r) { differentiate_rows<rows>(first + r, r); });
     for (std::int64_t c = 0; c < p_.width; c += kColumns<C>) {
       if (call_.du != nullptr) in_tiles(count, [&](auto rows, std::int64_t r) { gradient_at_u<rows>(first + r, r, c); });
       if (call_.dweight != nullptr) add_to_dW(first, count, c);
       if (call_.dvectors != nullptr) add_to_dV(first, count, c);
+    }
+  }
+
+  // The same on the matrix unit.
+  void tiled_block(std::int64_t first, int count) {
+    TiledRows& rows = tiled_->rows;
+    if (call_.dnormed == nullptr && call_.dy != nullptr) {
+      const S* dy = static_cast<const S*>(call_.dy) + first * p_.width;
+      tiled_block(first, count, rows.whole(dy, count), nullptr, [dy, D = p_.width](std::int64_t r) { return dy + r * D; });
+    } else {
+      for (int r = 0; r < count; ++r) rows.cut(d_rows_[r] = gradient_at_y(first + r, d_ + r * stride_), r);
+      tiled_block(first, count, rows.hi(), rows.rest(), [this](std::int64_t r) { return d_rows_[r]; });
+    }
+  }
+
+  template <typename Row>
+  void tiled_block(std::int64_t first, int count, const S* hi, const S* rest, Row d) {
+    Tiles& unit = tiled_->unit;
+    scale_gates(first, 0, count);
+    if (needs_a_) {
+      unit.dots(hi, rest, count, operands_.dots_tiles, a_, [](std::int64_t) {});
+      differentiate_gates(count, first, 0);
+    }
+    if (needs_dz_) unit.cut(dz_, count, tiled_->dz);
+    unit.cut(sg_, count, tiled_->sg);
+    for (std::int64_t c = 0; c < p_.width; c += kColumns<C>) {
+      const std::int64_t at = blocked<C>(0, c, p_.experts);
+      if (call_.du != nullptr) unit.mix_block(tiled_->dz, operands_.W_tiles, c, 0);
+      if (call_.dweight != nullptr) unit.mix_block(tiled_->sg, operands_.V_tiles, c, 1);
+      if (call_.du != nullptr) unit.emit_block(0, count, c, storing_du(first, d));
+      if (call_.dweight != nullptr) {
+        unit.emit_block(1, count, c, storing_u(first, 0));
+        unit.outer_block(rows_of_u(first, c), count, tiled_->dz, partial_->dW.recent() + at);
+      }
+      if (call_.dvectors != nullptr) unit.outer_block(rows_of_d(first, c, d), count, tiled_->sg, partial_->dV.recent() + at);
     }
   }
 
@@ -151,41 +197,51 @@ class BackwardPass {
     for (; r < count; ++r) work(std::integral_constant<int, 1>(), r);
   }
 
-  // dW += dz^T u. The next block's rows are fetched meanwhile.
+  // dW += dz^T u.
   void add_to_dW(std::int64_t first, std::int64_t count, std::int64_t c) {
     in_tiles(count, [&](auto rows, std::int64_t r) { undo<rows>(first + r, r, c); });
-    const S* next = static_cast<const S*>(call_.y) + (first + kBlock) * p_.width + c;
-    const auto u = [&](auto registers, std::int64_t row, std::int64_t k) {
-      prefetch_registers<C, registers>(next + row * p_.width + k);
-      return u_ + row * kColumns<C> + k;
-    };
-    outer_block(u, count, dz_, p_.experts, partial_->dW.recent() + blocked<C>(0, c, p_.experts));
+    outer_block(rows_of_u(first, c), count, dz_, p_.experts, partial_->dW.recent() + blocked<C>(0, c, p_.experts));
   }
 
   // dV += (s g)^T d
   void add_to_dV(std::int64_t first, std::int64_t count, std::int64_t c) {
-    const S* next = static_cast<const S*>(call_.dy != nullptr ? call_.dy : call_.y) + (first + kBlock) * p_.width + c;
-    const auto d = [&](auto registers, std::int64_t row, std::int64_t k) {
+    outer_block(rows_of_d(first, c, [this](std::int64_t row) { return d_rows_[row]; }), count, sg_, p_.experts,
+                partial_->dV.recent() + blocked<C>(0, c, p_.experts));
+  }
+
+  // The block's rows for outer_block, from column c on. The next block's are fetched meanwhile.
+  auto rows_of_u(std::int64_t first, std::int64_t c) const {
+    const S* next = static_cast<const S*>(call_.y) + (first + block_) * p_.width + c;
+    return [this, next](auto registers, std::int64_t row, std::int64_t k) {
       prefetch_registers<C, registers>(next + row * p_.width + k);
-      return d_rows_[row] + c + k;
+      return static_cast<const C*>(u_ + row * kColumns<C> + k);
     };
-    outer_block(d, count, sg_, p_.experts, partial_->dV.recent() + blocked<C>(0, c, p_.experts));
+  }
+  template <typename Row>
+  auto rows_of_d(std::int64_t first, std::int64_t c, Row d) const {
+    const S* next = static_cast<const S*>(call_.dy != nullptr ? call_.dy : call_.y) + (first + block_) * p_.width + c;
+    return [this, next, c, d](auto registers, std::int64_t row, std::int64_t k) {
+      prefetch_registers<C, registers>(next + row * p_.width + k);
+      return d(row) + c + k;
+    };
   }
 
   // u = y - (s g) V, a block of columns.
   template <int R>
   void undo(std::int64_t first, std::int64_t at, std::int64_t c) {
-    const std::int64_t D = p_.width, E = p_.experts;
-    const S* y = static_cast<const S*>(call_.y) + first * D;
-    C* u = u_ + at * kColumns<C>;
-    const auto store = [&](auto whole, int r, std::int64_t c, const V* steering) {
+    auto store = storing_u(first, at);
+    mix_columns<R>(sg_ + at * p_.experts, operands_.V, c, store);
+  }
+
+  auto storing_u(std::int64_t first, std::int64_t at) const {
+    return [D = p_.width, y = static_cast<const S*>(call_.y) + first * p_.width, u = u_ + at * kColumns<C>](
+               auto whole, int r, std::int64_t c, const V* steering) {
       const S* from = y + r * D + c;
       C* to = u + r * kColumns<C>;
 #pragma GCC unroll 8
       for (int k = 0; k < kRegisters; ++k)
         (load_up_to<C>(from + k * kLanes, D - c - k * kLanes, whole) - steering[k]).store(to + k * kLanes);
     };
-    mix_columns<R>(sg_ + at * E, operands_.V, c, store);
   }
 
   // One block of columns of c M, for the rows' coefficients c (R, E).
@@ -201,47 +257,60 @@ class BackwardPass {
   // Rows first .. first + R, the rows `at` .. of this block: d, s g, dz.
   template <int R>
   void differentiate_rows(std::int64_t first, std::int64_t at) {
+    for (int r = 0; r < R; ++r) d_rows_[at + r] = gradient_at_y(first + r, d_ + (at + r) * stride_);
+    scale_gates(first, at, R);
+    if (!needs_a_) return;
+    dots<C, R>(d_rows_ + at, operands_.V, p_.experts, stride_, a_, [](std::int64_t) { return [](std::int64_t) {}; });
+    differentiate_gates(std::integral_constant<int, R>(), first, at);
+  }
+
+  void scale_gates(std::int64_t first, std::int64_t at, int count) {
     const std::int64_t E = p_.experts;
     const C s = operands_.s;
     const C* g = static_cast<const C*>(call_.gates) + first * E;
-    const C** d = d_rows_ + at;
-    for (int r = 0; r < R; ++r) d[r] = gradient_at_y(first + r, d_ + (at + r) * stride_);
-    for (std::int64_t i = 0; i < R * E; ++i) sg_[at * E + i] = s * g[i];
-    if (!needs_a_) return;
-    dots<C, R>(d, operands_.V, E, stride_, a_, [](std::int64_t) { return [](std::int64_t) {}; });
-    const C* external = call_.dgates == nullptr ? nullptr : static_cast<const C*>(call_.dgates) + first * E;
-    const C* probs = call_.probs == nullptr ? nullptr : static_cast<const C*>(call_.probs) + first * E;
-    with_experts(E, [&](auto experts) { differentiate_gates<R>(experts, g, external, probs, dz_ + at * E); });
+    for (std::int64_t i = 0; i < count * E; ++i) sg_[at * E + i] = s * g[i];
   }
 
-  // ds and, where it is needed, dz and db, of R rows, from a.
-  template <int R, typename Count>
-  [[gnu::always_inline]] void differentiate_gates(Count experts, const C* g, const C* external, const C* probs, C* dz) {
+  // ds and, where it is needed, dz and db, of some rows, from a.
+  template <typename Rows>
+  [[gnu::always_inline]] void differentiate_gates(Rows rows, std::int64_t first, std::int64_t at) {
+    const std::int64_t E = p_.experts;
+    const C* g = static_cast<const C*>(call_.gates) + first * E;
+    const C* external = call_.dgates == nullptr ? nullptr : static_cast<const C*>(call_.dgates) + first * E;
+    const C* probs = call_.probs == nullptr ? nullptr : static_cast<const C*>(call_.probs) + first * E;
+    with_experts(E, [&](auto experts) { differentiate_gates(rows, experts, g, external, probs, dz_ + at * E); });
+  }
+
+  template <typename Rows, typename Count>
+  [[gnu::always_inline]] void differentiate_gates(Rows rows, Count experts, const C* g, const C* external, const C* probs, C* dz) {
     const C s = operands_.s;
     double ds = 0;
 #pragma omp simd reduction(+ : ds)
-    for (std::int64_t i = 0; i < R * experts; ++i) ds += static_cast<double>(g[i]) * a_[i];
+    for (std::int64_t i = 0; i < rows * experts; ++i) ds += static_cast<double>(g[i]) * a_[i];
     partial_->ds += ds;
     if (!needs_dz_) return;
-    for (std::int64_t i = 0; i < R * experts; ++i) dg_[i] = s * a_[i] + (external == nullptr ? C(0) : external[i]);
-    route_backward(g, probs, dg_, R, experts, dz);
+    for (std::int64_t i = 0; i < rows * experts; ++i) dg_[i] = s * a_[i] + (external == nullptr ? C(0) : external[i]);
+    route_backward(g, probs, dg_, rows, experts, dz);
     double* db = partial_->db.data();
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < rows; ++r)
       for (std::int64_t e = 0; e < experts; ++e) db[e] += dz[r * experts + e];
   }
 
   // du = d + dz W, a block of columns.
   template <int R>
   void gradient_at_u(std::int64_t first, std::int64_t at, std::int64_t c) {
-    const std::int64_t D = p_.width;
-    S* du = static_cast<S*>(call_.du) + first * D;
-    const auto store = [&](auto whole, int r, std::int64_t c, const V* dzW) {
-      const C* d = d_rows_[at + r] + c;
+    auto store = storing_du(first, [d = d_rows_ + at](std::int64_t r) { return d[r]; });
+    mix_columns<R>(dz_ + at * p_.experts, operands_.W, c, store);
+  }
+
+  template <typename Row>
+  auto storing_du(std::int64_t first, Row row) const {
+    return [row, D = p_.width, du = static_cast<S*>(call_.du) + first * p_.width](auto whole, int r, std::int64_t c, const V* dzW) {
+      const auto* d = row(r) + c;
       S* out = du + r * D + c;
 #pragma GCC unroll 8
       for (int k = 0; k < kRegisters; ++k) store_up_to(V::load(d + k * kLanes) + dzW[k], out + k * kLanes, D - c - k * kLanes, whole);
     };
-    mix_columns<R>(dz_ + at * p_.experts, operands_.W, c, store);
   }
 
   const C* widened_y(std::int64_t row, C* scratch) const {
@@ -323,11 +392,19 @@ class BackwardPass {
   const Operands<C>& operands_;
   Partial<C>* partial_ = nullptr;
   std::int64_t stride_;
+  int block_;
   bool needs_a_, needs_dz_;
   Buffer<C> scratch_;
   C *d_, *pooled_, *dp_, *t_, *zero_, *u_, *dz_, *sg_, *a_, *dg_;
-  const C* d_rows_[kBlock];
+  const C* d_rows_[kTileRows];
   std::vector<std::int32_t> argmax_;
+  struct Tiled {
+    Tiled(std::int64_t experts, std::int64_t width) : unit(experts, width), dz(experts), sg(experts), rows(width) {}
+    Tiles unit;
+    Tiles::Coefficients dz, sg;
+    TiledRows rows;
+  };
+  std::optional<Tiled> tiled_;
 };
 
 // out (rows, width) = the sum over shards of partials, which are `rows` blocked rows; the columns of one block.
@@ -357,7 +434,10 @@ void backward(const Backward& call, int threads) {
   const Problem& p = call.problem;
   const int shards = backward_shards(p);
   threads = std::min(threads, shards);
-  ThreadOperands<C> operands(p, threads);
+  Forms forms;
+  forms.tiles = takes_tiles<C, S>(p, 16);
+  forms.backward = true;
+  ThreadOperands<C> operands(p, threads, forms);
   // In one piece, which the C library keeps for the next call: pieces by the shard go back to the system, to be faulted in again.
   const std::int64_t D = p.width, E = p.experts, stride = stride_of<C>(p), room = Partial<C>::room(call, stride);
   Buffer<C> rooms(shards * room);
@@ -370,7 +450,7 @@ void backward(const Backward& call, int threads) {
     Pass pass(call, mine);
     for (; shard >= 0; shard = all.draw(thread)) {
       partials[shard] = std::make_unique<Partial<C>>(call, stride, rooms.data() + shard * room);
-      pass.run(shard_of(p, shard, shards, Pass::kBlock), *partials[shard]);
+      pass.run(shard_of(p, shard, shards, Pass::block_of(forms.tiles)), *partials[shard]);
     }
   });
 

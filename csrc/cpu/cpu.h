@@ -12,6 +12,11 @@ struct Kernels {
   void (*backward)(const Backward&, int threads);
 };
 
+#if defined(STEER_AMX)
+namespace amx {
+extern const Kernels kernels;
+}
+#endif
 #if defined(STEER_X86)
 namespace avx512bf16 {
 extern const Kernels kernels;

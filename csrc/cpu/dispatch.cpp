@@ -2,6 +2,12 @@
 
 #include "cpu.h"
 
+#if defined(STEER_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace steer::cpu {
 
 namespace {
@@ -10,6 +16,21 @@ struct Level {
   const Kernels* kernels;
   bool supported;
 };
+
+#if defined(STEER_AMX)
+// Whether the processor has the matrix unit with bfloat16, and Linux lets this process use it. It has to be asked: a thread's state grows
+// by 8 kB, and a process with signal stacks too small for that is refused.
+bool tiles_granted() {
+  static const bool granted = [] {
+    constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;  // leaf 7, EDX
+    constexpr long kRequest = 0x1023, kTileData = 18;            // ARCH_REQ_XCOMP_PERM
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    return (edx & kBFloat16) != 0 && (edx & kTiles) != 0 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return granted;
+}
+#endif
 
 }  // namespace
 
@@ -21,7 +42,13 @@ const Kernels* find_kernels(const char* level) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
+#if defined(STEER_AMX)
+  const bool amx = avx512bf16 && (level == nullptr || std::strcmp(level, amx::kernels.name) == 0) && tiles_granted();
+#endif
   const Level levels[] = {
+#if defined(STEER_AMX)
+      {&amx::kernels, amx},
+#endif
 #if defined(STEER_X86)
       {&avx512bf16::kernels, avx512bf16},
       {&avx512::kernels, avx512},

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -24,7 +25,7 @@ class ForwardPass {
  public:
   ForwardPass(const Forward& call, const Operands<C>& operands)
       : call_(call), p_(call.problem), operands_(operands), stride_(operands.stride) {
-    const std::int64_t rows = V::kRows;
+    const std::int64_t rows = operands.tiled ? kTileRows : V::kRows;
     scratch_.reserve((rows + 2) * stride_ + (rows + 1) * p_.experts);
     C* next = scratch_.data();
     const auto take = [&next](std::int64_t count) { return std::exchange(next, next + count); };
@@ -36,10 +37,15 @@ class ForwardPass {
     order_.resize(p_.experts);
     // Rows are widened up to `width`; what lies behind it must be zero, and stays so.
     std::fill(u_, u_ + (rows + 2) * stride_, C(0));
+    if constexpr (kTiles<S>)
+      if (operands.tiled) tiled_.emplace(p_.experts, p_.width);
   }
 
   void run(Shard shard) {
     std::int64_t row = shard.first;
+    if constexpr (kTiles<S>)
+      if (tiled_)
+        for (; row < shard.last; row += kTileRows) steer_tiles(row, static_cast<int>(std::min<std::int64_t>(kTileRows, shard.last - row)));
     for (; row + V::kRows <= shard.last; row += V::kRows) steer_rows<V::kRows>(row);
     for (; row < shard.last; ++row) steer_rows<1>(row);
   }
@@ -49,39 +55,96 @@ class ForwardPass {
   void steer_rows(std::int64_t first) {
     const std::int64_t D = p_.width, E = p_.experts;
     const S* x = static_cast<const S*>(call_.x) + first * D;
-    S* y = static_cast<S*>(call_.y) + first * D;
-
     const C* u[R];
     for (int r = 0; r < R; ++r) u[r] = add_residual(x + r * D, first + r, u_ + r * stride_);
 
     router_logits<R>(u, x);
+    const C* g = route_rows(std::integral_constant<int, R>(), first);
+    const bool two_tiles = E <= 2 * V::kExperts;  // which have asked for four of the next rows
+    const auto steer = steering(u, first);
+    mix<C, R>(g, operands_.V, E, D, [&](auto whole, int r, std::int64_t d, const V* gV) {
+      if (r >= 4 && two_tiles) prefetch_registers<C, kRegisters>(x + (R + r) * D + d);
+      steer(whole, r, d, gV);
+    });
+    norm_rows(first, R);
+  }
+
+  // The same for up to kTileRows rows on the matrix unit.
+  void steer_tiles(std::int64_t first, int count) {
+    const std::int64_t D = p_.width;
+    const S* x = static_cast<const S*>(call_.x) + first * D;
+    const auto fetch_next = [next = x + kTileRows * D, D](std::int64_t d) {
+      for (int r = 0; r < kTileRows; ++r)
+        for (int k = 0; k < kColumns<C>; k += 64 / sizeof(S)) prefetch(next + r * D + d + k);
+    };
+    TiledRows& rows = tiled_->rows;
+    if (call_.residual == nullptr) {
+      const S* u[kTileRows];
+      for (int r = 0; r < count; ++r) u[r] = x + r * D;
+      tiled_->unit.dots(rows.whole(x, count), nullptr, count, operands_.dots_tiles, z_, fetch_next);
+      mix_tiles(first, count, steering(u, first));
+    } else {
+      const C* u[kTileRows];
+      for (int r = 0; r < count; ++r) {
+        u[r] = add_residual(x + r * D, first + r, u_ + r * stride_);
+        rows.cut(u[r], r);
+      }
+      tiled_->unit.dots(rows.hi(), rows.rest(), count, operands_.dots_tiles, z_, fetch_next);
+      mix_tiles(first, count, steering(u, first));
+    }
+    norm_rows(first, count);
+  }
+
+  template <typename Steer>
+  void mix_tiles(std::int64_t first, int count, Steer&& steer) {
+    Tiles& unit = tiled_->unit;
+    unit.cut(route_rows(count, first), count, tiled_->gates);
+    // A block is emitted while the unit is at the next one.
+    for (std::int64_t d = 0; d <= p_.width; d += kColumns<C>) {
+      const int which = static_cast<int>(d / kColumns<C> % 2);
+      if (d < p_.width) unit.mix_block(tiled_->gates, operands_.V_tiles, d, which);
+      if (d > 0) unit.emit_block(1 - which, count, d - kColumns<C>, steer);
+    }
+  }
+
+  // g = route(z + b) of some rows, from `first` on.
+  template <typename Rows>
+  [[gnu::always_inline]] const C* route_rows(Rows rows, std::int64_t first) {
+    const std::int64_t E = p_.experts;
     C* g = static_cast<C*>(call_.gates) + first * E;
     if (const C* b = operands_.b)
       with_experts(E, [&](auto experts) {
-        for (int r = 0; r < R; ++r)
+        for (int r = 0; r < rows; ++r)
           for (std::int64_t e = 0; e < experts; ++e) z_[r * experts + e] += b[e];
       });
     if (p_.dense())
-      softmax(z_, R, E, g);
+      softmax(z_, rows, E, g);
     else
-      for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < rows; ++r) {
         C* probs = call_.probs == nullptr ? nullptr : static_cast<C*>(call_.probs) + (first + r) * E;
         route_selected(z_ + r * E, p_, g + r * E, probs, order_.data(), selected_);
       }
+    return g;
+  }
 
-    const V s = V::set(operands_.s);
-    const bool two_tiles = E <= 2 * V::kExperts;  // which have asked for four of the next rows
-    mix<C, R>(g, operands_.V, E, D, [&](auto whole, int r, std::int64_t d, const V* gV) {
-      if (r >= 4 && two_tiles) prefetch_registers<C, kRegisters>(x + (R + r) * D + d);
-      const C* from = u[r] + d;
+  // y = u + s gV, a block of a row's columns at a time.
+  template <typename U>
+  auto steering(const U* const* u, std::int64_t first) const {
+    return [u, s = V::set(operands_.s), D = p_.width, y = static_cast<S*>(call_.y) + first * p_.width](auto whole, int r, std::int64_t d,
+                                                                                                       const V* gV) {
+      const U* from = u[r] + d;
       S* out = y + r * D + d;
 #pragma GCC unroll 8
       for (int k = 0; k < kRegisters; ++k)
         store_up_to(fma(s, gV[k], V::load(from + k * kLanes)), out + k * kLanes, D - d - k * kLanes, whole);
-    });
+    };
+  }
+
+  // The norm reads y as it was stored, rounded: the backward has nothing else, and must find the same xhat and maxima.
+  void norm_rows(std::int64_t first, int count) {
     if (p_.norm == Norm::kNone) return;
-    // The norm reads y as it was stored, rounded: the backward has nothing else, and must find the same xhat and maxima.
-    for (int r = 0; r < R; ++r) pool_and_norm(first + r, widen_row<C>(y + r * D, D, stride_, y_));
+    const S* y = static_cast<const S*>(call_.y) + first * p_.width;
+    for (int r = 0; r < count; ++r) pool_and_norm(first + r, widen_row<C>(y + r * p_.width, p_.width, stride_, y_));
   }
 
   // z = u W^T, without b. Every tile of experts asks for two of the next rows, a line at a time.
@@ -182,6 +245,13 @@ class ForwardPass {
   Buffer<C> scratch_;
   C *u_, *y_, *pooled_, *z_, *selected_;
   std::vector<std::int32_t> order_;
+  struct Tiled {
+    Tiled(std::int64_t experts, std::int64_t width) : unit(experts, width), gates(experts), rows(width) {}
+    Tiles unit;
+    Tiles::Coefficients gates;
+    TiledRows rows;
+  };
+  std::optional<Tiled> tiled_;
 };
 
 template <typename C, typename S>
@@ -190,18 +260,20 @@ void forward(const Forward& call, int threads) {
   // Shards of a fraction of a thread's share even out a core that is busy with something else.
   const int shards = useful_shards(p, threads == 1 ? 1 : 4 * threads);
   threads = std::min(threads, shards);
-  bool short_W = false;
+  Forms forms;
+  forms.tiles = takes_tiles<C, S>(p, call.residual == nullptr ? 8 : 32);  // a sum of two has to be cut
 #if defined(__AVX512BF16__)
   // Only where u and W are bfloat16 as they come, so that no product is rounded.
-  short_W = p.stream == DType::kBFloat16 && p.weight.dtype == DType::kBFloat16 && call.residual == nullptr && p.width == stride_of<C>(p);
+  forms.bfloat16_W = !forms.tiles && p.stream == DType::kBFloat16 && p.weight.dtype == DType::kBFloat16 && call.residual == nullptr &&
+                     p.width == stride_of<C>(p);
 #endif
-  ThreadOperands<C> operands(p, threads, short_W);
+  ThreadOperands<C> operands(p, threads, forms);
   parallel(shards, threads, [&](int thread, Shards& all) {
     int shard = all.draw(thread);
     if (shard < 0) return;
     const Operands<C> mine = operands.of(thread);
     ForwardPass<C, S> pass(call, mine);
-    for (; shard >= 0; shard = all.draw(thread)) pass.run(shard_of(p, shard, shards, Vector<C>::kRows));
+    for (; shard >= 0; shard = all.draw(thread)) pass.run(shard_of(p, shard, shards, forms.tiles ? kTileRows : Vector<C>::kRows));
   });
 }
 

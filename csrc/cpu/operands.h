@@ -2,39 +2,14 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <optional>
 
 #include "../steer.h"
+#include "buffer.h"
 #include "primitives.h"
+#include "tiles.h"
 
 namespace steer::cpu::STEER_NAMESPACE {
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Room for `count` numbers, aligned to a cache line, uninitialised.
-template <typename C>
-class Buffer {
- public:
-  explicit Buffer(std::int64_t count = 0) { reserve(count); }
-  C* reserve(std::int64_t count) {
-    if (count <= count_) return data();
-    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(C) + 63) / 64 * 64;
-    memory_.reset(std::aligned_alloc(64, bytes));
-    if (memory_ == nullptr) throw std::bad_alloc();
-    count_ = count;
-    return data();
-  }
-  C* data() { return static_cast<C*>(memory_.get()); }
-
- private:
-  std::unique_ptr<void, Free> memory_;
-  std::int64_t count_ = 0;
-};
 
 template <typename C, typename S>
 void widen_into(const S* from, std::int64_t count, C* to) {
@@ -91,34 +66,70 @@ std::int64_t stride_of(const Problem& p) {
   return (p.width + kColumns<C> - 1) / kColumns<C> * kColumns<C>;
 }
 
+// The forms a pass wants its matrices in.
+struct Forms {
+  bool bfloat16_W = false;  // W as it is stored, in the place of W
+  bool tiles = false;       // what the matrix unit takes, in the place of both
+  bool backward = false;
+};
+
+// Whether the matrix unit takes a pass for which it pays from so many experts on: streams and parameters in bfloat16, in rows of whole
+// blocks, and enough frames that arranging the parameters counts for little.
+template <typename C, typename S>
+bool takes_tiles(const Problem& p, std::int64_t experts) {
+  return kTiles<S> && p.weight.dtype == DType::kBFloat16 && p.vectors.dtype == DType::kBFloat16 && p.width == stride_of<C>(p) &&
+         p.experts >= experts && p.frames() >= 192;
+}
+
 template <typename C>
 struct Operands {
   // Numbers that an instance needs room for, whole cache lines.
-  static std::int64_t room(const Problem& p) { return (2 * p.experts + 2) * stride_of<C>(p) + (p.experts + 1 + 15) / 16 * 16; }
+  static std::int64_t room(const Problem& p, const Forms& forms) {
+    std::int64_t matrices = 2 * p.experts * stride_of<C>(p);
+    if constexpr (kHaveTiles)
+      if (forms.tiles) matrices = Tiles::dots_room(p.experts, p.width) + (forms.backward ? 2 : 1) * Tiles::mix_room(p.experts, p.width);
+    return matrices + 2 * stride_of<C>(p) + (p.experts + 1 + 15) / 16 * 16;
+  }
 
-  // `short_W`: W as it is stored, in bfloat16, in the place of W.
-  Operands(const Problem& p, bool short_W, C* room)
-      : stride(stride_of<C>(p)),
-        W(short_W ? nullptr : blocked<C>(p.weight, p.experts, p.width, stride, room)),
-        bfloat16_W(short_W ? place_bfloat16(p, stride, room) : nullptr),
-        V(blocked<C>(p.vectors, p.experts, p.width, stride, room)),
-        gamma(padded(p.norm_weight, p.width, stride, room)),
-        beta(padded(p.norm_bias, p.width, stride, room)),
-        b(padded(p.bias, p.experts, p.experts, room)),
-        s(*padded(p.scale, 1, 1, room)) {}
+  Operands(const Problem& p, const Forms& forms, C* room) : stride(stride_of<C>(p)), tiled(forms.tiles) {
+    if constexpr (kHaveTiles)
+      if (tiled) {
+        const auto arrange = [&](auto arrange_for, const Parameter& matrix) {
+          const C* start = room;
+          room = arrange_for(static_cast<const BFloat16*>(matrix.data), p.experts, p.width, room);
+          return start;
+        };
+        dots_tiles = arrange(Tiles::arrange_for_dots, forms.backward ? p.vectors : p.weight);
+        V_tiles = arrange(Tiles::arrange_for_mix, p.vectors);
+        if (forms.backward) W_tiles = arrange(Tiles::arrange_for_mix, p.weight);
+      }
+    if (!tiled) {
+      if (forms.bfloat16_W) {
+        BFloat16* place = reinterpret_cast<BFloat16*>(room);
+        room += p.experts * stride;
+        bfloat16_W = blocked<C>(p.weight, p.experts, p.width, stride, place);
+      } else {
+        W = blocked<C>(p.weight, p.experts, p.width, stride, room);
+      }
+      V = blocked<C>(p.vectors, p.experts, p.width, stride, room);
+    }
+    gamma = padded(p.norm_weight, p.width, stride, room);
+    beta = padded(p.norm_bias, p.width, stride, room);
+    b = padded(p.bias, p.experts, p.experts, room);
+    s = *padded(p.scale, 1, 1, room);
+  }
 
   const std::int64_t stride;
-  const C* const W;
-  const BFloat16* const bfloat16_W;
-  const C *const V, *const gamma, *const beta, *const b;
-  const C s;
+  const bool tiled;
+  const C *W = nullptr, *V = nullptr;
+  const BFloat16* bfloat16_W = nullptr;
+  // For the matrix unit: of what is multiplied along its columns, W in the forward and V in the backward, and along the experts.
+  const C *dots_tiles = nullptr, *V_tiles = nullptr, *W_tiles = nullptr;
+  const C *gamma, *beta, *b;
+  C s;
 
  private:
-  static const BFloat16* place_bfloat16(const Problem& p, std::int64_t stride, C*& room) {
-    BFloat16* place = reinterpret_cast<BFloat16*>(room);
-    room += p.experts * stride;
-    return blocked<C>(p.weight, p.experts, p.width, stride, place);
-  }
+  static constexpr bool kHaveTiles = kTiles<BFloat16> && std::is_same_v<C, float>;
 };
 
 // Every thread's operands: a copy each, which costs it less than fetching its neighbour's out of that one's cache; or one for all, where
@@ -126,14 +137,14 @@ struct Operands {
 template <typename C>
 class ThreadOperands {
  public:
-  ThreadOperands(const Problem& p, int threads, bool short_W = false)
-      : p_(p), short_W_(short_W), room_(Operands<C>::room(p)), own_(bytes(1) <= kOwnBytes && bytes(threads) <= kAllBytes) {
+  ThreadOperands(const Problem& p, int threads, const Forms& forms)
+      : p_(p), forms_(forms), room_(Operands<C>::room(p, forms)), own_(bytes(1) <= kOwnBytes && bytes(threads) <= kAllBytes) {
     memory_.reserve((own_ ? threads : 1) * room_);
-    if (!own_) shared_.emplace(p, short_W, memory_.data());
+    if (!own_) shared_.emplace(p, forms, memory_.data());
   }
 
   // For `thread`, which asks once.
-  Operands<C> of(int thread) { return own_ ? Operands<C>(p_, short_W_, memory_.data() + thread * room_) : *shared_; }
+  Operands<C> of(int thread) { return own_ ? Operands<C>(p_, forms_, memory_.data() + thread * room_) : *shared_; }
 
  private:
   static constexpr std::int64_t kOwnBytes = 1 << 20, kAllBytes = 16 << 20;
@@ -141,7 +152,7 @@ class ThreadOperands {
   std::int64_t bytes(int copies) const { return copies * room_ * static_cast<std::int64_t>(sizeof(C)); }
 
   const Problem& p_;
-  const bool short_W_;
+  const Forms forms_;
   const std::int64_t room_;
   const bool own_;
   Buffer<C> memory_;

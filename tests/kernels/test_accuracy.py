@@ -83,6 +83,19 @@ LARGE = [
     P(frames=50, width=1280, num_experts=128, top_k=2),
     P(frames=50, width=1280, num_experts=7, top_k=6, norm="rms", norm_weight=False),
     P(frames=1, width=1280, num_experts=1, norm="layer"),
+    # Many experts in whole blocks of columns, and frames that fill no last block: the processor's matrix unit in bfloat16.
+    P(frames=193, width=64, num_experts=8),
+    P(frames=223, width=128, num_experts=16, norm="layer"),
+    P(frames=200, width=192, num_experts=17, top_k=3, renormalize=False),
+    P(batch=3, frames=101, width=256, num_experts=64, norm="layer", residual=True),
+    P(batch=2, frames=150, width=128, num_experts=33, norm="rms", pool="mean", pool_size=4, residual=True),
+    P(batch=2, frames=150, width=64, num_experts=40, norm="layer", pool="max", pool_size=3, bias=False),
+    P(frames=300, width=64, num_experts=32, norm="layer", incoming=("normed",)),
+    P(frames=300, width=64, num_experts=32, incoming=("gates",)),
+    P(frames=300, width=64, num_experts=32, wanted=("x",)),
+    P(frames=300, width=64, num_experts=32, wanted=("vectors",)),
+    P(frames=300, width=64, num_experts=32, wanted=("scale",)),
+    P(frames=300, width=64, num_experts=32, wanted=("weight",)),
     # More tiles than a GPU has room for at once: each block takes several, and copies one while it computes another.
     P(frames=9001, width=40, num_experts=7, top_k=2, norm="layer", residual=True),
     P(batch=2, frames=6001, width=40, num_experts=20, norm="rms", pool="mean", pool_size=3),
@@ -158,7 +171,7 @@ def assert_accurate_with_large_steering(backend: str, problem: Problem, dtype: t
     assert_errors_within(_allowed(truth, *others), stack(results), truth, dtype)
 
 
-@pytest.mark.parametrize("level", ["avx512bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("level", ["amx", "avx512bf16", "avx512", "avx2", "portable"])
 def test_frames_far_from_zero(monkeypatch: pytest.MonkeyPatch, level: str) -> None:
     """Where a frame's mean is large against its deviation, the CPU's LayerNorm stays as exact as plain PyTorch's."""
     monkeypatch.setenv("STEERMOE_SIMD", level)

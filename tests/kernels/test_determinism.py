@@ -54,24 +54,26 @@ def test_no_gradient_depends_on_the_company_it_keeps(backend: str, device: torch
 SHARED_OUT = [
     Problem(frames=1499, width=96, num_experts=8, norm="layer", residual=True),
     Problem(frames=301, width=1280, num_experts=128),  # too large for a copy of its parameters a thread
+    Problem(batch=2, frames=301, width=64, num_experts=32, norm="layer", pool="mean", pool_size=4, residual=True),
 ]
 
 
-def _on_threads(problem: Problem, threads: int) -> dict[str, torch.Tensor]:
+def _on_threads(problem: Problem, dtype: torch.dtype, threads: int) -> dict[str, torch.Tensor]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return fused(problem, *draw(problem, torch.float32, torch.device("cpu")), "cpu")
+        return fused(problem, *draw(problem, dtype, torch.device("cpu")), "cpu")
     finally:
         torch.set_num_threads(before)
 
 
 @needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("problem", SHARED_OUT, ids=str)
-def test_threads_change_no_bit(problem: Problem) -> None:
-    one = _on_threads(problem, 1)
+def test_threads_change_no_bit(problem: Problem, dtype: torch.dtype) -> None:
+    one = _on_threads(problem, dtype, 1)
     for threads in (2, 3, 5):
-        for name, tensor in _on_threads(problem, threads).items():
+        for name, tensor in _on_threads(problem, dtype, threads).items():
             assert torch.equal(tensor, one[name]), f"{name}, {threads} threads"
 
 
@@ -82,7 +84,7 @@ def test_the_runtime_may_grant_fewer_threads(granted: int) -> None:
     program = (
         "import test_determinism as tests, torch\n"
         "for problem in tests.SHARED_OUT:\n"
-        "    one, five = tests._on_threads(problem, 1), tests._on_threads(problem, 5)\n"
+        "    one, five = tests._on_threads(problem, tests.torch.float32, 1), tests._on_threads(problem, tests.torch.float32, 5)\n"
         "    assert all(torch.equal(five[name], one[name]) for name in one)\n"
     )
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
