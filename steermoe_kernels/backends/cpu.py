@@ -1,7 +1,7 @@
 """The C++ kernels in csrc/cpu, by way of the compiled module ``steermoe_kernels._cpu``.
 
-The instruction set is chosen at run time (AVX-512 with or without bfloat16 dot products and AMX, AVX2, portable); STEERMOE_SIMD names another
-one. Threads are torch's: as many as `torch.get_num_threads`, from the OpenMP runtime torch has loaded.
+The instruction set is chosen at run time (AVX-512 with or without bfloat16 dot products and AMX, AVX2, portable); STEERMOE_SIMD
+names another one. Threads are torch's: as many as `torch.get_num_threads`, from the OpenMP runtime torch has loaded.
 """
 
 from __future__ import annotations
