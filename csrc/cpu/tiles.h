@@ -229,8 +229,11 @@ class Tiles {
     Cut() = default;
     explicit Cut(__m512 v) : hi(rounded(v)), rest(rounded(_mm512_sub_ps(v, _mm512_castsi512_ps(hi)))) {}
 
+    // Not of a NaN, whose carry could reach the sign and leave a zero.
     static __m512i rounded(__m512 v) {
-      const __m512i half = _mm512_add_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(0x8000));
+      const __m512i bits = _mm512_castps_si512(v);
+      const __mmask16 numbers = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
+      const __m512i half = _mm512_mask_add_epi32(bits, numbers, bits, _mm512_set1_epi32(0x8000));
       return _mm512_and_si512(half, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
     }
   };

@@ -100,6 +100,17 @@ def test_all_experts_is_dense_bit_for_bit(backend: str, device: torch.device, re
         assert all(torch.equal(dense, every) for dense, every in zip(*runs, strict=True)), dtype
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], ids=hex)
+def test_a_nan_of_any_bits_is_passed_on(backend: str, device: torch.device, bits: int) -> None:
+    """In enough frames for the CPU's matrix unit, which takes coefficients in parts."""
+    for dtype in dtypes_of(backend, device):
+        inputs, _ = draw(Problem(frames=192, width=64, num_experts=8), dtype, device)
+        bias = inputs["bias"].detach().float()
+        bias.view(torch.int32)[3] = bits
+        y, gates = SF.steer(inputs["x"], inputs["weight"], bias, inputs["vectors"], inputs["scale"], backend=backend)
+        assert gates.isnan().all() and y.isnan().all(), dtype
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     "problem",
