@@ -26,7 +26,7 @@ steer::Parameter parameter(std::pair<Address, int> tensor) {
 // PyTorch takes a stream's memory from the C library, fresh.
 void expect_stream(const steer::Problem& p, void* result, std::int64_t frames) {
   constexpr std::int64_t kWidths[] = {4, 2, 2, 8};
-  steer::cpu::prefer_large_pages(result, frames * p.width * kWidths[static_cast<int>(p.stream)]);
+  steer::cpu::prefer_huge_pages(result, frames * p.width * kWidths[static_cast<int>(p.stream)]);
 }
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }

@@ -6,9 +6,8 @@
 //   dz = g (dg - sum_e g dg)          du = d + dz W
 //   dW = dz^T u     db = sum dz       dV = s g^T d
 //
-// u = y - s (g V) never leaves the first cache level: it is made where dW reads it. (dW = dz^T y - s (dz^T g) V would be cheaper. In
-// float32 it would be less exact as soon as the steering is larger than the stream: a difference of two long sums has few digits left
-// then.)
+// u = y - s (g V) never leaves L1: it is made where dW reads it. (dW = dz^T y - s (dz^T g) V would be cheaper. In float32 it would be less
+// exact as soon as the steering is larger than the stream: a difference of two long sums has few digits left then.)
 //
 // Each shard sums its own dW, dV, ...; a second pass adds the shards up in order. How the frames are cut into shards depends on the problem
 // alone, so results repeat to the bit, whatever the number of threads.
@@ -441,7 +440,7 @@ void backward(const Backward& call, int threads) {
   // In one piece, which the C library keeps for the next call: pieces by the shard go back to the system, to be faulted in again.
   const std::int64_t D = p.width, E = p.experts, stride = stride_of<C>(p), room = Partial<C>::room(call, stride);
   Buffer<C> rooms(shards * room);
-  prefer_large_pages(rooms.data(), shards * room * static_cast<std::int64_t>(sizeof(C)));
+  prefer_huge_pages(rooms.data(), shards * room * static_cast<std::int64_t>(sizeof(C)));
   std::vector<std::unique_ptr<Partial<C>>> partials(shards);
   parallel(shards, threads, [&](int thread, Shards& all) {
     int shard = all.draw(thread);

@@ -1,5 +1,5 @@
-// Forward of a steering pass on the CPU: one walk over the frames, a few rows at a time, which stay in the first cache level between the
-// router's dot products and the norm.
+// Forward of a steering pass on the CPU: one walk over the frames, a few rows at a time, which stay in L1 between the router's dot products
+// and the norm.
 //
 //   u = x + r    z = u W^T + b    g = route(z)    y = u + s (g V)    p = pool(y)    n = norm(p)
 #pragma once
@@ -60,7 +60,7 @@ class ForwardPass {
 
     router_logits<R>(u, x);
     const C* g = route_rows(std::integral_constant<int, R>(), first);
-    const bool two_tiles = E <= 2 * V::kExperts;  // which have asked for four of the next rows
+    const bool two_tiles = E <= 2 * V::kExperts;  // which have prefetched four of the next rows
     const auto steer = steering(u, first);
     mix<C, R>(g, operands_.V, E, D, [&](auto whole, int r, std::int64_t d, const V* gV) {
       if (r >= 4 && two_tiles) prefetch_registers<C, kRegisters>(x + (R + r) * D + d);
@@ -147,7 +147,7 @@ class ForwardPass {
     for (int r = 0; r < count; ++r) pool_and_norm(first + r, widen_row<C>(y + r * p_.width, p_.width, stride_, y_));
   }
 
-  // z = u W^T, without b. Every tile of experts asks for two of the next rows, a line at a time.
+  // z = u W^T, without b. Every tile of experts prefetches two of the next rows, a line at a time.
   template <int R>
   void router_logits(const C* const* u, const S* x) {
     const auto fetch_next = [next = x + R * p_.width, width = p_.width](std::int64_t tile) {

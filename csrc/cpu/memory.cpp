@@ -15,15 +15,15 @@ namespace steer::cpu {
 
 namespace {
 
-constexpr std::int64_t kLargePage = 2 << 20;
+constexpr std::int64_t kHugePage = 2 << 20;
 constexpr std::int64_t kSmallestKept = 32 << 20;  // of glibc, which never keeps more
 
 std::int64_t rounded(std::int64_t bytes, std::int64_t unit) { return (bytes + unit - 1) / unit * unit; }
 
 Block new_block(std::int64_t bytes) {
-  const std::int64_t alignment = bytes < kSmallestKept ? 64 : kLargePage, size = std::max(alignment, rounded(bytes, alignment));
+  const std::int64_t alignment = bytes < kSmallestKept ? 64 : kHugePage, size = std::max(alignment, rounded(bytes, alignment));
   void* data = std::aligned_alloc(static_cast<std::size_t>(alignment), static_cast<std::size_t>(size));
-  prefer_large_pages(data, size);
+  prefer_huge_pages(data, size);
   return {data, size};
 }
 
@@ -110,8 +110,8 @@ std::int64_t kept_bytes() {
 
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
 
-void prefer_large_pages(void* first, std::int64_t bytes) {
-  if (first == nullptr || bytes < 2 * kLargePage) return;  // from here on, one whole large page lies inside wherever the memory begins
+void prefer_huge_pages(void* first, std::int64_t bytes) {
+  if (first == nullptr || bytes < 2 * kHugePage) return;  // from here on, one whole huge page lies inside wherever the memory begins
   static const std::uintptr_t page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
   const std::uintptr_t from = (reinterpret_cast<std::uintptr_t>(first) + page - 1) / page * page;
   const std::uintptr_t to = (reinterpret_cast<std::uintptr_t>(first) + static_cast<std::uintptr_t>(bytes)) / page * page;
@@ -120,7 +120,7 @@ void prefer_large_pages(void* first, std::int64_t bytes) {
 
 #else
 
-void prefer_large_pages(void*, std::int64_t) {}
+void prefer_huge_pages(void*, std::int64_t) {}
 
 #endif
 

@@ -1,4 +1,4 @@
-// Memory for results, and large pages for any.
+// Memory for results, and huge pages for any.
 //
 // Memory that is new to the process costs a fault for every page that is written first: for a stream that takes longer than to steer it.
 // The C library keeps what is freed, and hands it out again while it still lies in a cache: nothing is better, up to the size from which on
@@ -25,6 +25,6 @@ std::int64_t kept_bytes();
 
 // Asks the system to back `bytes` from `first` on with pages of 2 MB. What is too short for them is left alone, and a refusal changes
 // nothing. `first` may be null.
-void prefer_large_pages(void* first, std::int64_t bytes);
+void prefer_huge_pages(void* first, std::int64_t bytes);
 
 }  // namespace steer::cpu

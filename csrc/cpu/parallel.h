@@ -12,8 +12,8 @@
 namespace steer::cpu {
 
 // The shards of a region, which its threads draw. Each has a share of its own, neighbours, and takes them in order: its next rows are the
-// ones it has asked for ahead, and from one operator to the next it meets what it has left in its caches. Then it helps the others out: a
-// runtime may grant fewer threads than asked for, and a core may be busy with something else.
+// ones it has prefetched, and what it cached in the last operator is still there. Then it helps the others out: a runtime may grant fewer
+// threads than asked for, and a core may be busy with something else.
 class Shards {
  public:
   Shards(int count, int threads);

@@ -6,7 +6,7 @@
 //
 // M and acc (E, D) lie in blocks of kColumns columns, all experts of a block together (`blocked`), so that every loop walks through
 // memory in order: with whole rows, widths like 1024 put all experts into the same few cache sets. The tiles are shaped to be bound by
-// multiply-adds, not by loads: a register of M serves R rows. `mix_block` and `outer_block` do one block of columns.
+// FMAs, not by loads: a register of M serves R rows. `mix_block` and `outer_block` do one block of columns.
 #pragma once
 
 #include <type_traits>
@@ -26,7 +26,7 @@ inline std::int64_t blocked(std::int64_t e, std::int64_t d, std::int64_t experts
   return (d / kColumns<C> * experts + e) * kColumns<C> + d % kColumns<C>;
 }
 
-// Asks for K registers of a row.
+// Prefetches K registers of a row.
 template <typename C, int K, typename S>
 [[gnu::always_inline]] inline void prefetch_registers(const S* row) {
 #pragma GCC unroll 8
@@ -207,7 +207,7 @@ template <typename C, int X, int K, typename Row>
   return e;
 }
 
-// Many experts at once where there are as many: a row is read, and asked for ahead, once for all of them.
+// Many experts at once where there are as many: a row is read, and prefetched, once for all of them.
 template <typename C, typename Row>
 inline void outer_block(Row&& row, std::int64_t rows, const C* c, std::int64_t experts, C* acc) {
   using V = Vector<C>;

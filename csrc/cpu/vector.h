@@ -83,7 +83,7 @@ template <typename C>
 struct Vector;
 
 #if defined(__AVX2__)
-// Compilers fold a load into every multiply-add that uses it, loading it again each time. This makes it stay: one load, many uses.
+// Compilers fold a load into every FMA that uses it, loading it again each time. This makes it stay: one load, many uses.
 template <typename T>
 inline T in_register(T value) {
   asm("" : "+v"(value.v));
@@ -285,8 +285,8 @@ inline void sum_four(const Vector<C>* x, C* sums) {
   for (int i = 0; i < 4; ++i) sums[i] = x[i].sum();
 }
 
-// Asks for the cache line at `p`, which may lie behind the end of an array, into the second cache level. (GCC drops calls of a function
-// that does nothing else, unless it has been inlined by then.)
+// Prefetches the cache line at `p`, which may lie behind the end of an array, into L2. (GCC drops calls of a function that does nothing
+// else, unless it has been inlined by then.)
 [[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // --- the last, short register of a row -----------------------------------------------------------------------------------------------
