@@ -12,24 +12,19 @@
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "eager.h"
+#include "problem_binding.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
-
-steer::Parameter parameter(std::pair<Address, int> tensor) {
-  return {reinterpret_cast<const void*>(tensor.first), static_cast<steer::DType>(tensor.second)};
-}
+using steer::Address, steer::pointer;
 
 // PyTorch takes a stream's memory from the C library, fresh.
 void expect_stream(const steer::Problem& p, void* result, std::int64_t frames) {
   constexpr std::int64_t kWidths[] = {4, 2, 2, 8};
   steer::cpu::prefer_huge_pages(result, frames * p.width * kWidths[static_cast<int>(p.stream)]);
 }
-
-void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
 const steer::cpu::Kernels& kernels(const std::string& level) {
   const steer::cpu::Kernels* found = steer::cpu::find_kernels(level.empty() ? nullptr : level.c_str());
@@ -47,25 +42,8 @@ PYBIND11_MODULE(_cpu, module) {
   using steer::Backward;
   using steer::Forward;
   using steer::Problem;
-  using Operand = std::pair<Address, int>;
 
-  py::class_<Problem>(module, "Problem")
-      .def(py::init([](std::array<std::int64_t, 7> sizes, bool renormalize, int norm, int pool, double eps, int stream, Operand weight,
-                       Operand bias, Operand vectors, Operand scale, Operand norm_weight, Operand norm_bias) {
-             Problem p;
-             p.batch = sizes[0], p.time = sizes[1], p.pooled = sizes[2], p.width = sizes[3], p.experts = sizes[4];
-             p.top_k = sizes[5], p.pool_size = sizes[6];
-             p.renormalize = renormalize;
-             p.norm = static_cast<steer::Norm>(norm);
-             p.pool = static_cast<steer::Pool>(pool);
-             p.eps = eps;
-             p.stream = static_cast<steer::DType>(stream);
-             p.weight = parameter(weight), p.bias = parameter(bias), p.vectors = parameter(vectors), p.scale = parameter(scale);
-             p.norm_weight = parameter(norm_weight), p.norm_bias = parameter(norm_bias);
-             return p;
-           }),
-           py::arg("sizes"), py::arg("renormalize"), py::arg("norm"), py::arg("pool"), py::arg("eps"), py::arg("stream"), py::arg("weight"),
-           py::arg("bias"), py::arg("vectors"), py::arg("scale"), py::arg("norm_weight"), py::arg("norm_bias"));
+  steer::bind_problem(module);
 
   module.def(
       "forward",

@@ -6,6 +6,7 @@
 #include <array>
 #include <map>
 
+#include "../problem_binding.h"
 #include "cuda.h"
 #include "direct.h"
 
@@ -17,14 +18,7 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
-using Operand = std::pair<Address, int>;
-
-steer::Parameter parameter(Operand tensor) {
-  return {reinterpret_cast<const void*>(tensor.first), static_cast<steer::DType>(tensor.second)};
-}
-
-void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+using steer::Address, steer::pointer;
 
 // A call's addresses, in the order of the struct.
 steer::Forward forward_of(const steer::Problem& problem, const std::array<Address, 7>& at) {
@@ -55,23 +49,7 @@ PYBIND11_MODULE(STEER_MODULE, module) {
   using steer::Problem;
   using Addresses = std::array<Address, 7>;
 
-  py::class_<Problem>(module, "Problem", py::module_local())
-      .def(py::init([](std::array<std::int64_t, 7> sizes, bool renormalize, int norm, int pool, double eps, int stream, Operand weight,
-                       Operand bias, Operand vectors, Operand scale, Operand norm_weight, Operand norm_bias) {
-             Problem p;
-             p.batch = sizes[0], p.time = sizes[1], p.pooled = sizes[2], p.width = sizes[3], p.experts = sizes[4];
-             p.top_k = sizes[5], p.pool_size = sizes[6];
-             p.renormalize = renormalize;
-             p.norm = static_cast<steer::Norm>(norm);
-             p.pool = static_cast<steer::Pool>(pool);
-             p.eps = eps;
-             p.stream = static_cast<steer::DType>(stream);
-             p.weight = parameter(weight), p.bias = parameter(bias), p.vectors = parameter(vectors), p.scale = parameter(scale);
-             p.norm_weight = parameter(norm_weight), p.norm_bias = parameter(norm_bias);
-             return p;
-           }),
-           py::arg("sizes"), py::arg("renormalize"), py::arg("norm"), py::arg("pool"), py::arg("eps"), py::arg("stream"), py::arg("weight"),
-           py::arg("bias"), py::arg("vectors"), py::arg("scale"), py::arg("norm_weight"), py::arg("norm_bias"));
+  steer::bind_problem(module);
 
   module.def(
       "forward",
