@@ -71,7 +71,7 @@ class Direct {
     results.make(0, stream.dtype, shape, call.y);
     if (p.norm != Norm::kNone) results.make(1, stream.dtype, pooled, call.normed);
     results.make(2, wide, per_expert, call.gates);
-    if (!p.dense() && !p.renormalize) results.make(3, wide, per_expert, call.probs);
+    if (p.keeps_probs()) results.make(3, wide, per_expert, call.probs);
     if (p.norm != Norm::kNone) results.make(4, wide, {2, p.batch, p.pooled}, call.stats);
     return results.complete() && runner.forward(call) ? results.tuple() : pybind11::none();
   }

@@ -36,6 +36,8 @@ struct Problem {
 
   std::int64_t frames() const { return batch * time; }
   bool dense() const { return top_k == experts; }
+  // The backward of gates that are not renormalised needs the softmax of the experts left out, too.
+  bool keeps_probs() const { return !dense() && !renormalize; }
 };
 
 // `accumulated` results are double for a float64 stream and float otherwise.
