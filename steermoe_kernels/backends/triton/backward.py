@@ -138,9 +138,9 @@ def steer_backward_kernel(
     experts = tl.arange(0, BLOCK_E)
     s = tl.load(scale).to(tl.float32)
 
-    oneV = tl.zeros((BLOCK_E,), tl.float32)
+    one_Vt = tl.zeros((BLOCK_E,), tl.float32)
     if dnormed is not None and NORM == "layer":
-        oneV = row_sums(vectors, experts, E, D, BLOCK_D, CHUNKS)
+        one_Vt = row_sums(vectors, experts, E, D, BLOCK_D, CHUNKS)
 
     dbias_sum, dscale_sum = tl.zeros((BLOCK_N, BLOCK_E), tl.float32), tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     mixed_sum = tl.zeros((BLOCK_E, BLOCK_E), tl.float32)
@@ -162,8 +162,8 @@ def steer_backward_kernel(
         y_tile = from_row(y, start, D)
 
         mean_t, mean_txhat = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-        dV = tl.zeros((SPLIT, BLOCK_N, BLOCK_E), tl.float32)
-        yV = dV
+        known_Vt = tl.zeros((SPLIT, BLOCK_N, BLOCK_E), tl.float32)
+        y_Vt = known_Vt
         for chunk in tl.range(CHUNKS, num_stages=STAGES):
             columns = columns_of(chunk, BLOCK_D)
             V = load_experts(vectors, experts, columns, E, D)
@@ -173,18 +173,18 @@ def steer_backward_kernel(
                 if NORM == "layer":
                     mean_t += tl.sum(t, 1)
                 mean_txhat += tl.sum(t * ((h.to(tl.float32) - mean[:, None]) * rstd[:, None]), 1)
-                yV = dot_over_width(h, V, yV, PRECISION, SPLIT)
+                y_Vt = dot_over_width(h, V, y_Vt, PRECISION, SPLIT)
                 known = rstd[:, None] * t
                 if dy is not None:
                     known += load_frames(dy_tile, frames, valid, columns, D).to(tl.float32)
-                dV = dot_over_width(known, V, dV, PRECISION, SPLIT)
+                known_Vt = dot_over_width(known, V, known_Vt, PRECISION, SPLIT)
             elif dy is not None:
-                dV = dot_over_width(load_frames(dy_tile, frames, valid, columns, D), V, dV, PRECISION, SPLIT)
+                known_Vt = dot_over_width(load_frames(dy_tile, frames, valid, columns, D), V, known_Vt, PRECISION, SPLIT)
         slope = -rstd * rstd * mean_txhat / D
         offset = -rstd * mean_t / D - slope * mean
-        a = tl.sum(dV, 0)
+        a = tl.sum(known_Vt, 0)
         if dnormed is not None:
-            a += slope[:, None] * tl.sum(yV, 0) + offset[:, None] * oneV[None, :]
+            a += slope[:, None] * tl.sum(y_Vt, 0) + offset[:, None] * one_Vt[None, :]
 
         inside, places = valid[:, None] & (experts < E)[None, :], frames[:, None] * E + experts[None, :]
         g = tl.load(from_row(gates, start, E) + places, mask=inside, other=0.0)
