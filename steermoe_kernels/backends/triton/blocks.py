@@ -92,21 +92,21 @@ def sums_fit_in_registers(blocks: Blocks, dtype: torch.dtype) -> bool:
 
 
 def _row_blocks(width: int, num_experts: int, dtype: torch.dtype, num_warps: int, stages: int, most_frames: int) -> Blocks:
-    experts, narrow, widest = max(8, _power_of_two(num_experts)), dtype == torch.float32, max(16, _power_of_two(width))
+    experts, is_float32, widest = max(8, _power_of_two(num_experts)), dtype == torch.float32, max(16, _power_of_two(width))
     if experts <= 16:  # all warps share a step's columns, 16 each at least
-        step = min(widest, max(16 * num_warps, 64 if narrow else 128))
+        step = min(widest, max(16 * num_warps, 64 if is_float32 else 128))
         num_warps = min(num_warps, step // 16)
         return _blocks(width, FRAMES, step, experts, num_warps, num_warps, stages)
     frames = most_frames if experts <= 64 else FRAMES
-    return _blocks(width, frames, min(widest, max(16, min(32 if narrow else 64, 4096 // experts))), experts, num_warps, 1, stages)
+    return _blocks(width, frames, min(widest, max(16, min(32 if is_float32 else 64, 4096 // experts))), experts, num_warps, 1, stages)
 
 
 def choose_parameter_blocks(width: int, num_experts: int, dtype: torch.dtype) -> Blocks:
     """Tiles of the kernel that sums dW and dV where they do not fit in registers. Up to 64 experts the stream is read once; every warp has
     its own columns, and all frames of a tile are an operand of every warp, so that many experts allow few frames."""
-    experts, narrow = min(64, max(8, _power_of_two(num_experts))), dtype == torch.float32
-    step = min(128 if experts == 64 and not narrow else 64, max(16, _power_of_two(width)))
-    return _blocks(width, FRAMES if experts == 64 or narrow else 2 * FRAMES, step, experts, 8 if experts == 64 else 4, stages=2)
+    experts, is_float32 = min(64, max(8, _power_of_two(num_experts))), dtype == torch.float32
+    step = min(128 if experts == 64 and not is_float32 else 64, max(16, _power_of_two(width)))
+    return _blocks(width, FRAMES if experts == 64 or is_float32 else 2 * FRAMES, step, experts, 8 if experts == 64 else 4, stages=2)
 
 
 def choose_reduction_blocks(width: int, num_experts: int) -> Blocks:
