@@ -137,10 +137,10 @@ class FusedSteerMoE(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`functional.steer_norm` with the experts of ``layer`` and ``norm``, the LayerNorm or RMSNorm that reads the stream next.
 
-        ``norm`` is torch's or has its attributes: an RMSNorm is told by its class's name (and multiplies by its weight, not, as Gemma's, by
-        one more). ``parameters``: that layer's slices, where
-        `layer_parameters` has cut them already. Returns ``y`` and ``normed``. IndexError if there is no such layer, TypeError or ValueError
-        for another norm; else as `functional.steer_norm`.
+        ``x`` and ``residual`` (..., D), with ``pool`` (B, T, D). ``norm`` is torch's or has its attributes; an RMSNorm is told by the name
+        of its class. Gemma's, which multiplies by ``1 + weight``, does not fit. ``parameters``: the layer's slices, where
+        `layer_parameters` has cut them already. Returns ``y`` (..., D) and ``normed`` (..., D), or (B, ceil(T / pool_size), D) with
+        ``pool``. IndexError if there is no such layer, TypeError or ValueError for another norm; else as `functional.steer_norm`.
         """
         check_width("x", x, self.feature_dim)
         check_layer(layer, self.num_layers)
