@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..modules import FusedSteerMoE
 from .class_swap import swap
-from .stream import EncoderPass, Steered, SteeredLayer, begin_pass, fusible_norm, in_rows, place_layers
+from .stream import EncoderPass, Steered, SteeredLayer, all_distinct, begin_pass, fusible_norm, in_rows, place_layers
 
 PRIORITY = 10
 
@@ -28,8 +28,7 @@ def takes(encoder: Any) -> bool:
     return (
         all(block.cross_attn is None for block in blocks)
         and all(fusible_norm(norm, model.LayerNorm, width) for norm in norms)
-        and len(set(map(id, blocks))) == len(blocks)
-        and len(set(map(id, norms))) == len(norms)
+        and all_distinct(blocks, norms)
     )
 
 

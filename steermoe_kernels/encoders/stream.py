@@ -26,7 +26,9 @@ __all__ = [
     "Steered",
     "SteeredLayer",
     "SteeredNorm",
+    "all_distinct",
     "begin_pass",
+    "enter_checkpoints",
     "fusible_norm",
     "in_rows",
     "place_layers",
@@ -158,6 +160,25 @@ def begin_pass(aligner: FusedSteerMoE, layers: Iterable[nn.Module]) -> EncoderPa
     """Cut the parameters for one forward through ``layers``."""
     unobserved = not (_has_any_global_hook() or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers))
     return EncoderPass(aligner.layer_parameters(), unobserved)
+
+
+def enter_checkpoints(layers: Iterable[Any], x: Tensor) -> Tensor:
+    """The encoder's input ``x``, requiring a gradient if ``layers`` are transformers' under reentrant checkpoints, else as it is.
+
+    Such a checkpoint gives no gradient to what is inside it, the aligner, unless something that enters it requires one.
+    """
+    if x.requires_grad or not torch.is_grad_enabled():
+        return x
+    active = (layer for layer in layers if layer.training and getattr(layer, "gradient_checkpointing", False))
+    functions = [layer._gradient_checkpointing_func for layer in active]
+    reentrant = any(getattr(function, "keywords", {}).get("use_reentrant", True) is not False for function in functions)
+    return x.detach().requires_grad_() if reentrant else x
+
+
+def all_distinct(*modules: Iterable[nn.Module]) -> bool:
+    """Whether no module stands in these lists, of layers and of norms, twice: only one class and one place can be given to each."""
+    listed = [id(module) for several in modules for module in several]
+    return len(set(listed)) == len(listed)
 
 
 def fusible_norm(norm: nn.Module, plain: type[nn.LayerNorm], width: int) -> bool:

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 from ..modules import FusedSteerMoE
 from .class_swap import swap
-from .stream import EncoderPass, Steered, SteeredLayer, begin_pass, fusible_norm, in_rows, place_layers, release
+from .stream import (
+    EncoderPass,
+    Steered,
+    SteeredLayer,
+    all_distinct,
+    begin_pass,
+    enter_checkpoints,
+    fusible_norm,
+    in_rows,
+    place_layers,
+    release,
+)
 
 PRIORITY = 10
 
@@ -38,8 +49,7 @@ def takes(encoder: Any) -> bool:
         and hasattr(modeling, "capture_outputs")
         and all(type(layer) is modeling.WhisperEncoderLayer and "forward" not in layer.__dict__ for layer in layers)
         and all(fusible_norm(norm, nn.LayerNorm, width) for norm in norms)
-        and len(set(map(id, layers))) == len(layers)
-        and len(set(map(id, norms))) == len(norms)
+        and all_distinct(layers, norms)
     )
 
 
@@ -108,9 +118,7 @@ class SteeredWhisperEncoder(Steered):
                 f"attention_mask must be (batch, frames), {(input_features.shape[0], input_features.shape[2])}, "
                 f"got {tuple(attention_mask.shape)}"
             )
-        if self._checkpoints_reentrantly() and not input_features.requires_grad:
-            # A reentrant checkpoint gives no gradient to what is inside it unless something that enters it requires one.
-            input_features = input_features.detach().requires_grad_()
+        input_features = enter_checkpoints(self.layers, input_features)
         kwargs["encoder_pass"] = begin_pass(self.steering, self.layers)
         if input_features.shape[2] == longest and attention_mask is None:
             output = super().forward(input_features, **kwargs)
@@ -118,12 +126,6 @@ class SteeredWhisperEncoder(Steered):
             output = self._forward_any(input_features, attention_mask, **kwargs)
         release(output)
         return output
-
-    def _checkpoints_reentrantly(self) -> bool:
-        if not (self.training and torch.is_grad_enabled()):
-            return False
-        functions = [layer._gradient_checkpointing_func for layer in self.layers if layer.gradient_checkpointing]
-        return any(getattr(function, "keywords", {}).get("use_reentrant", True) is not False for function in functions)
 
 
 def _forward_any(self: Any, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
