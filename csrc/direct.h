@@ -23,13 +23,12 @@
 
 namespace steer {
 
-// What a pass does beyond its tensors, checked by the caller. `top_k` 0 stands for all experts. `automatic`: the caller named no backend,
-// so that STEERMOE_BACKEND may.
+// What a pass does beyond its tensors, checked by the caller. `automatic`: the caller named no backend, so that STEERMOE_BACKEND may.
 struct Settings {
   Norm norm;
   double eps;
   Pool pool;
-  std::int64_t pool_size, top_k;
+  std::int64_t pool_size, top_k, experts;
   bool renormalize, automatic;
 };
 
@@ -118,14 +117,15 @@ class Direct {
     module.def("connect_tensors", &connect_tensors, "Whether tensors of these types can be looked at directly.");
     module.def(
         "direct_way",
-        [](int norm, double eps, int pool, std::int64_t pool_size, std::int64_t top_k, bool renormalize, bool automatic) {
+        [](int norm, double eps, int pool, std::int64_t pool_size, std::int64_t top_k, bool renormalize, std::int64_t experts,
+           bool automatic) {
           const py::capsule state = hold_state(std::unique_ptr<const Settings>(
-              new Settings{static_cast<Norm>(norm), eps, static_cast<Pool>(pool), pool_size, top_k, renormalize, automatic}));
+              new Settings{static_cast<Norm>(norm), eps, static_cast<Pool>(pool), pool_size, top_k, experts, renormalize, automatic}));
           return py::make_tuple(Function<&Direct::forward, 8>::make("direct_forward", state),
                                 Function<&Direct::backward, 12>::make("direct_backward", state));
         },
         "The functions forward and backward of such passes.", py::arg("norm"), py::arg("eps"), py::arg("pool"), py::arg("pool_size"),
-        py::arg("top_k"), py::arg("renormalize"), py::arg("automatic"));
+        py::arg("top_k"), py::arg("renormalize"), py::arg("experts"), py::arg("automatic"));
   }
 
  private:
@@ -162,11 +162,10 @@ class Direct {
 
   // The problem of steering `stream` (..., D). False unless everything fits.
   static bool describe(const Settings& settings, const TensorView& stream, const Parameters& given, Problem& p) {
-    if (stream.rank < 1 || stream.numel() == 0 || given.weight.rank != 2) return false;
+    if (stream.rank < 1 || stream.numel() == 0) return false;
     p.width = stream.shape[stream.rank - 1];
-    p.experts = given.weight.shape[0];
-    p.top_k = settings.top_k == 0 ? p.experts : settings.top_k;
-    if (p.experts < 1 || p.top_k > p.experts) return false;
+    p.experts = settings.experts;
+    p.top_k = settings.top_k;
     const auto take = [&](const TensorView& view, std::initializer_list<std::int64_t> shape, Parameter& parameter) {
       parameter = {view.data, view.dtype};
       return view.data == nullptr || (view.device == stream.device && view.has_shape(shape));

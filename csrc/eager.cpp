@@ -48,12 +48,13 @@ struct Eager {
   py::object records;   // whether autograd does
   py::object hooks;     // what packs that which autograd keeps; None if nothing does
   py::object prefer;    // (x, weight): the name of the backend preferred for a stream that is not on the CPU, or None
-  py::object find;      // (device, dtype, preferred, *settings): the way, a tuple that begins with forward and backward; or None
+  py::object find;      // (device, dtype, num_experts, preferred, *settings): the way, which begins with forward and backward; or None
   py::object remember;  // (*tensors, way, results): y, normed and gates, for which autograd knows the way back
 
   struct Known {
     Device device;
     DType dtype;
+    std::int64_t num_experts;
     py::object preferred;
     py::tuple settings;
     py::object way;
@@ -71,15 +72,19 @@ struct Eager {
                        [&](PyObject* tensor) { return tensor != Py_None && is_true(attribute(tensor, requires_grad)); });
   }
 
+  // None, too, for a weight that is no matrix.
   py::object find_way(const TensorView& stream, py::handle x, py::handle weight, const py::tuple& settings) {
+    TensorView matrix;
+    if (!view_tensor(weight, matrix) || matrix.rank != 2) return py::none();
+    const std::int64_t num_experts = matrix.shape[0];
     const py::object preferred = stream.device.type == Device::kCpu ? py::none() : prefer(x, weight);
     for (const Known& one : known)
-      if (one.device == stream.device && one.dtype == stream.dtype && is_same(one.preferred, preferred) &&
+      if (one.device == stream.device && one.dtype == stream.dtype && one.num_experts == num_experts && is_same(one.preferred, preferred) &&
           std::equal(one.settings.begin(), one.settings.end(), settings.begin(), settings.end(), is_same))
         return one.way;
-    const py::object found = find(x.attr("device"), x.attr("dtype"), preferred, *settings);
+    const py::object found = find(x.attr("device"), x.attr("dtype"), num_experts, preferred, *settings);
     if (known.size() == kMostKnown) known.erase(known.begin());
-    known.push_back({stream.device, stream.dtype, preferred, settings, found});
+    known.push_back({stream.device, stream.dtype, num_experts, preferred, settings, found});
     return found;
   }
 };

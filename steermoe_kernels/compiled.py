@@ -94,14 +94,22 @@ def direct_way(module: ModuleType, options: Options, automatic: bool) -> DirectW
     if os.environ.get("STEERMOE_DIRECT") == "0" or not module.connect_tensors(Tensor, torch.nn.Parameter):
         return None
     norm, pool = _NORMS[options.norm], _POOLS[options.pool]
-    way = module.direct_way(norm, options.eps, pool, options.pool_size, options.top_k, options.renormalize, automatic)
+    way = module.direct_way(norm, options.eps, pool, options.pool_size, options.top_k, options.renormalize, options.num_experts, automatic)
     return DirectWay(*way)
 
 
-def eager(watchers: tuple[Callable[[], Any], ...], *answers: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+def eager(
+    watchers: tuple[Callable[[], Any], ...],
+    prefer: Callable[[Tensor, Tensor], str | None],
+    find: Callable[..., tuple[Any, ...] | None],
+    remember: Callable[..., tuple[Tensor | None, ...]],
+) -> tuple[Callable[..., Any], ...]:
     """The functions ``steer``, ``differentiate`` and ``forget`` of csrc/eager.cpp, for all backends. Where it cannot run, they do nothing.
 
-    ``answers``: ``prefer``, ``find`` and ``remember``.
+    ``watchers``: whether somebody wants to see operators go by. ``prefer(x, weight)``: name of the backend preferred for a stream that is
+    not on the CPU, or None. ``find(device, dtype, num_experts, preferred, *settings)``: the backend's way, a tuple that begins with its
+    forward and backward, or None; it is asked once for the same arguments. ``remember(*tensors, way, results)``: ``y``, ``normed`` and
+    gates of these results, for which autograd now knows the way back to the eight tensors.
     """
     try:
         module = importlib.import_module("steermoe_kernels._cpu")
@@ -110,4 +118,4 @@ def eager(watchers: tuple[Callable[[], Any], ...], *answers: Callable[..., Any])
     if module is None or not module.connect_tensors(Tensor, torch.nn.Parameter):
         return (lambda *arguments: None,) * 3
     hooks = partial(torch._C._autograd._top_saved_tensors_default_hooks, True)  # which torch 2.6 and 2.7 do not have
-    return module.eager(watchers, torch.is_grad_enabled, hooks, *answers)
+    return module.eager(watchers, torch.is_grad_enabled, hooks, prefer, find, remember)

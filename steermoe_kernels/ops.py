@@ -112,10 +112,10 @@ def _steer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (x, residual, weight, bias, vectors, scale, norm_weight, norm_bias)
     check_tensors(*tensors)
-    module = select_backend(settings[-1], x.device, x.dtype, _shape(x, weight))
+    options = _options(weight.shape[0], *settings[:-1])
+    module = select_backend(settings[-1], x.device, x.dtype, _shape(x, weight), options)
     if x.numel() == 0:
         return _output_like(*tensors, *settings)
-    options = _options(weight.shape[0], *settings[:-1])
     return tuple(t.contiguous() for t in module.steer_forward(*_contiguous(*tensors), options))  # type: ignore[return-value]
 
 
@@ -135,7 +135,7 @@ def _differentiate_saved(ctx: Any, saved: tuple, dy: Tensor | None, dnormed: Ten
         dnormed = None
     needs = [need_x or need_residual, *need_parameters]
     directly, _, norm, eps, pool, pool_size, top_k, renormalize, backend = ctx.way
-    settings = (norm, eps, pool, pool_size, top_k or weight.shape[0], renormalize, backend)
+    settings = (norm, eps, pool, pool_size, top_k, renormalize, backend)
     nothing = (None,) * (8 + len(settings))
     if dy is None and dnormed is None and dgates is None:
         return nothing
@@ -223,6 +223,7 @@ def _preferred(x: Tensor, weight: Tensor) -> str | None:
 def _direct_way(
     device: torch.device,
     dtype: torch.dtype,
+    num_experts: int,
     preferred: str | None,
     norm: str,
     eps: float,
@@ -233,7 +234,7 @@ def _direct_way(
     renormalize: bool,
     backend: str,
 ) -> tuple[Any, ...] | None:
-    """The backend's direct forward and backward, and the operator's settings, but ``top_k`` 0 for all experts.
+    """The backend's direct forward and backward, and the operator's settings.
 
     None where there is no such way, or a setting is not what it should be.
     """
@@ -243,15 +244,14 @@ def _direct_way(
     try:
         check_pool(pool, pool_size)
         check_norm(eps, rms)
-        check_top_k(top_k, top_k or 1)
-        module = automatic_backend(device, dtype, preferred) if backend == "auto" else get_backend(backend)
+        settings = ("rms" if rms and norm else norm, eps, pool or "", pool_size, check_top_k(top_k, num_experts), renormalize)
+        options = _options(num_experts, *settings)
+        module = automatic_backend(device, dtype, preferred, options) if backend == "auto" else get_backend(backend)
     except (ValueError, TypeError, RuntimeError):
         return None
-    if (make := getattr(module, "direct", None)) is None or module.rejects(device, dtype) is not None:
+    if (make := getattr(module, "direct", None)) is None or module.rejects(device, dtype, options) is not None:
         return None
-    norm = "rms" if rms and norm else norm
-    settings = (norm, eps, pool or "", pool_size, top_k or 0, renormalize)
-    direct = make(Options(*settings), backend == "auto")
+    direct = make(options, backend == "auto")
     return None if direct is None else (direct.forward, direct.backward, *settings, backend)
 
 
@@ -342,10 +342,11 @@ def _needed_gradients(
     *options, backend, needs = settings
     if y.numel() == 0:
         return [y.new_zeros(shape, dtype=dtype) for shape, dtype in _gradients_like(y, gates, weight, needs)]
-    module = select_backend(backend, y.device, y.dtype, _shape(y, weight))
+    pass_options = _options(weight.shape[0], *options)
+    module = select_backend(backend, y.device, y.dtype, _shape(y, weight), pass_options)
     return module.steer_backward(  # what was saved is contiguous, too, unless hooks have packed and unpacked it
         *_contiguous(dy, dnormed, dgates, y, gates, probs, stats, weight, vectors, scale, norm_weight),
-        _options(weight.shape[0], *options),
+        pass_options,
         needs,
     )
 

@@ -22,9 +22,7 @@ class Runner {
   // Torch's allocator fills memory by itself where it is asked to.
   Runner(py::handle tensor, const TensorView& stream) : tensor_(tensor), device_(stream.device) {}
 
-  bool takes(const Problem& p) {
-    return device_.type == STEER_DEVICE && p.stream != DType::kFloat64 && p.experts <= kMaxExperts && current_stream(device_, stream_);
-  }
+  bool takes(const Problem& p) { return device_.type == STEER_DEVICE && p.stream != DType::kFloat64 && current_stream(device_, stream_); }
 
   py::object make(DType dtype, const Shape& shape, void*& data) const { return allocate_tensor(tensor_, dtype, shape, data); }
 
@@ -45,8 +43,6 @@ class Runner {
   }
 
  private:
-  static constexpr std::int64_t kMaxExperts = 256;
-
   py::handle tensor_;
   Device device_;
   void* stream_ = nullptr;

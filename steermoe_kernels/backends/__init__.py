@@ -1,12 +1,13 @@
 """The backends: one module each, found by name, all with the same functions.
 
 A backend is a module (or package) in this folder; a module without ``steer_forward`` is none. Importing it must not need a library that may
-be missing: ``unavailable`` is the place to look for it. It defines
+be missing: ``unavailable`` is the place to look for it. `backends/reference.py` is all of this in plain PyTorch, to start from; every check
+there is runs on a new backend by itself: ``python -m steermoe_kernels``, and ``pytest tests/kernels -k NAME``. It defines
 
 ``unavailable() -> str | None``
     None if it can run on this machine, else the reason in one sentence. Must not compile, tune or initialise a driver.
-``rejects(device, dtype) -> str | None``
-    None if it takes a stream of this ``torch.device`` and ``torch.dtype``, else the reason.
+``rejects(device, dtype, options=PLAIN) -> str | None``
+    None if it takes a stream of this ``torch.device`` and ``torch.dtype`` through such a pass, else the reason.
 ``AUTO_DEVICES: frozenset[str]`` and ``PRIORITY: int``
     The device types for which ``backend="auto"`` may choose it; of several, the highest priority wins, unless `steermoe_kernels.choice`
     knows which was measured to be faster.
@@ -23,17 +24,16 @@ be missing: ``unavailable`` is the place to look for it. It defines
     results; a gradient that is not needed may be None, or there all the same. ``du`` has the stream's dtype, the others the accumulation
     dtype.
 ``direct(options, automatic) -> object | None``
-    Optional: a way around the operator, for eager calls that nobody watches. ``options.top_k`` is 0 for dense
-    routing, ``num_experts`` not set; ``automatic`` tells that STEERMOE_BACKEND may name another backend. The object has ``forward(x,
-    residual, weight, bias, vectors, scale, norm_weight, norm_bias)``, with results like `steer_forward`'s but of shape (..., D) and (...,
-    E) for ``x`` (..., D), and None instead of those of size 0; and ``backward`` from ``dy`` to ``norm_weight``, and ``needs``, as in
-    `steer_backward`. Both answer with tuples, and are kept for later calls. Their arguments are whatever the caller gave, not checked by
-    anybody: where they are not as they should be, or not worth it, the answer is None, and the call goes its usual way.
+    Optional: a way around the operator, for eager calls that nobody watches, through passes with ``options``. ``automatic`` tells that
+    STEERMOE_BACKEND may name another backend. The object has ``forward(x, residual, weight, bias, vectors, scale, norm_weight,
+    norm_bias)``, with results like `steer_forward`'s but of shape (..., D) and (..., E) for ``x`` (..., D), and None instead of those of
+    size 0; and ``backward`` from ``dy`` to ``norm_weight``, and ``needs``, as in `steer_backward`. Both answer with tuples, and are kept
+    for later calls. Their arguments are whatever the caller gave, not checked by anybody: where they are not as they should be, or not
+    worth it, the answer is None, and the call goes its usual way.
 
 Results are tensors of their own: none shares memory with another or with an argument, not even two of size 0. Accumulate in the
 accumulation dtype, with autocast off (it reaches into backends that call torch). The tests hold every result to twice the error of the same
 formula in plain PyTorch; the gradients of parameters are sums over all frames, in which one chain of float32 additions is too much.
-`backends/reference.py` is all of this in plain PyTorch, to start from.
 """
 
 from __future__ import annotations
@@ -43,21 +43,22 @@ import os
 import pkgutil
 import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
 
 from .. import choice
 
-__all__ = ["Options", "automatic_backend", "available_backends", "backend_states", "get_backend", "select_backend"]
+__all__ = ["PLAIN", "Options", "automatic_backend", "available_backends", "backend_states", "get_backend", "select_backend"]
 
 
 @dataclass(frozen=True)
 class Options:
     """What a steering pass does beyond the tensors it is given.
 
-    ``norm`` and ``pool`` are "" where there is none; ``top_k`` equals the number of experts for dense routing.
+    ``norm`` and ``pool`` are "" where there is none; ``top_k`` equals the number of experts for dense routing. The fields stand in the
+    order of the operator's schema, from which they are filled by position; ``num_experts``, which is read off the weight, comes last.
     """
 
     norm: str = ""
@@ -76,6 +77,9 @@ class Options:
     def keeps_probs(self) -> bool:
         """The backward of gates that are not renormalised needs the softmax of the experts left out, too."""
         return not self.dense and not self.renormalize
+
+
+PLAIN = Options()  # for those who ask about a stream, whatever the pass
 
 
 @cache
@@ -124,29 +128,31 @@ def get_backend(name: str) -> ModuleType:
     return _load(name)
 
 
-def select_backend(name: str, device: torch.device, dtype: torch.dtype, shape: choice.Shape | None = None) -> ModuleType:
-    """The backend for a stream of this device, dtype and shape.
+def select_backend(
+    name: str, device: torch.device, dtype: torch.dtype, shape: choice.Shape | None = None, options: Options = PLAIN
+) -> ModuleType:
+    """The backend for a stream of this device, dtype and shape, and a pass with these options.
 
     ``name`` "auto" takes the one the environment variable STEERMOE_BACKEND names, or else the best available for the device: the one
     measured to be the fastest for the ``shape``, where there is such a measurement. Raises as `get_backend`, and RuntimeError if the
-    backend that was asked for does not take this device or dtype.
+    backend that was asked for does not take this device, dtype or pass.
     """
     if name == "auto" and (name := os.environ.get("STEERMOE_BACKEND") or "auto") != "auto" and name not in _modules():
         raise ValueError(f"STEERMOE_BACKEND={name} names no backend: choose one of auto, {', '.join(_modules())}")
     if name != "auto":
         backend = get_backend(name)
-        if (reason := backend.rejects(device, dtype)) is not None:
+        if (reason := backend.rejects(device, dtype, options)) is not None:
             raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
         return backend
-    return automatic_backend(device, dtype, None if shape is None else choice.fastest(device, dtype, shape))
+    return automatic_backend(device, dtype, None if shape is None else choice.fastest(device, dtype, shape), options)
 
 
-@cache
-def automatic_backend(device: torch.device, dtype: torch.dtype, measured: str | None = None) -> ModuleType:
+@lru_cache(maxsize=64)
+def automatic_backend(device: torch.device, dtype: torch.dtype, measured: str | None = None, options: Options = PLAIN) -> ModuleType:
     """The backend for "auto" where the environment names none: ``measured``, if it runs here, else the highest priority that does."""
 
     def runs(name: str) -> bool:
-        return _unavailable(name) is None and _load(name).rejects(device, dtype) is None
+        return _unavailable(name) is None and _load(name).rejects(device, dtype, options) is None
 
     if measured is not None and runs(measured):
         return _load(measured)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..compiled import DirectWay, address, backward_results, direct_way, forward_results, problem
-from . import Options
+from . import PLAIN, Options
 
 AUTO_DEVICES = frozenset({"cpu"})
 PRIORITY = 10
@@ -36,7 +36,7 @@ def unavailable() -> str | None:
     return None
 
 
-def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
+def rejects(device: torch.device, dtype: torch.dtype, options: Options = PLAIN) -> str | None:
     return None if device.type == "cpu" else f"it takes tensors on the CPU, got {device}"
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..compiled import DirectWay, address, backward_results, direct_way, forward_results, problem
-from . import Options
+from . import PLAIN, Options
 
 AUTO_DEVICES: frozenset[str] = frozenset()  # `steermoe_kernels.choice` alone lets it in
 PRIORITY = 20
@@ -41,9 +41,11 @@ def unavailable() -> str | None:
     return None if torch.cuda.is_available() else "the kernels are compiled, but there is no CUDA device"
 
 
-def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
+def rejects(device: torch.device, dtype: torch.dtype, options: Options = PLAIN) -> str | None:
     if dtype not in _STREAMS:
         return f"the stream must be float32, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
+    if options.num_experts > _MAX_EXPERTS:
+        return f"it takes up to {_MAX_EXPERTS} experts, got {options.num_experts}"
     if device.type != "cuda":
         return f"the stream must be on a CUDA device, got {device}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -72,13 +74,6 @@ def direct(options: Options, automatic: bool) -> DirectWay | None:
     return None if unavailable() is not None else direct_way(_core(), options, automatic)
 
 
-def _check_experts(options: Options) -> None:
-    if options.num_experts > _MAX_EXPERTS:
-        raise ValueError(
-            f"backend 'cuda' takes up to {_MAX_EXPERTS} experts, got {options.num_experts}; backend 'reference' takes any number"
-        )
-
-
 def _place(tensor: Tensor) -> dict[str, int]:
     """The device of a launch, and torch's current stream there."""
     if tensor.device.type != "cuda":  # the tests' emulated device
@@ -98,7 +93,6 @@ def steer_forward(
     norm_bias: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_experts(options)
     call = problem(_core(), x, options, weight, bias, vectors, scale, norm_weight, norm_bias)
     results = y, normed, gates, probs, stats = forward_results(x, options)
     with torch.cuda.device_of(x):
@@ -121,7 +115,6 @@ def steer_backward(
     options: Options,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    _check_experts(options)
     results = backward_results(y, gates, weight, [*needs[:5], *(need and dnormed is not None for need in needs[5:])])
     call = {
         "problem": problem(_core(), y, options, weight, None, vectors, scale, norm_weight, None),

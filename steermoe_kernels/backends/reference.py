@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from . import Options
+from . import PLAIN, Options
 
 AUTO_DEVICES: frozenset[str] = frozenset()  # the choice where nothing better is, see `automatic_backend`
 PRIORITY = 0
@@ -20,7 +20,7 @@ def unavailable() -> str | None:
     return None
 
 
-def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
+def rejects(device: torch.device, dtype: torch.dtype, options: Options = PLAIN) -> str | None:
     return None
 
 

@@ -23,7 +23,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(choice, "_capability", lambda device: (9, 0))
     for name in backends._modules():
         monkeypatch.setattr(backends._load(name), "unavailable", lambda: None)
-        monkeypatch.setattr(backends._load(name), "rejects", lambda device, dtype: None)
+        monkeypatch.setattr(backends._load(name), "rejects", lambda *stream_and_pass: None)
     backends.automatic_backend.cache_clear()
     yield
     backends.automatic_backend.cache_clear()
@@ -67,7 +67,7 @@ def test_the_first_line_that_fits_counts(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_operators_ask_with_their_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     select = ops.select_backend
-    monkeypatch.setattr(ops, "select_backend", lambda *given: asked.append(given[-1]) or select(*given))
+    monkeypatch.setattr(ops, "select_backend", lambda *given: asked.append(given[3]) or select(*given))
     weight, vectors = torch.zeros(3, 5, requires_grad=True), torch.zeros(3, 5)
     functional.steer(torch.zeros(2, 7, 5), weight, None, vectors, 1.0, backend="reference")[0].sum().backward()
     assert asked == [choice.Shape(experts=3, frames=14, width=5)] * 2

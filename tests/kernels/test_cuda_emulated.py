@@ -24,7 +24,7 @@ from test_accuracy import _allowed, _as_float32, _compared, assert_accurate_with
 
 from steermoe_kernels import functional as SF
 from steermoe_kernels import ops, reference
-from steermoe_kernels.backends import get_backend
+from steermoe_kernels.backends import Options, get_backend
 
 ROOT = Path(__file__).parents[2]
 SOURCES, EMULATOR = ROOT / "csrc" / "cuda", Path(__file__).parent / "cuda_emulator"
@@ -97,9 +97,15 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Device:
 def device_in_place(emulated: Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Backend "cuda" runs on the emulated device, and takes tensors on the CPU."""
     cuda = get_module()
+    rejects = cuda.rejects
+
+    def rejects_but_for_the_device(device: torch.device, dtype: torch.dtype, *options: Options) -> str | None:
+        reason = rejects(device, dtype, *options)
+        return None if reason == f"the stream must be on a CUDA device, got {device}" else reason
+
     monkeypatch.setattr(cuda, "_core", lambda: emulated.core)
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda, "rejects", lambda device, dtype: None if dtype in DTYPES else "not a stream of these kernels")
+    monkeypatch.setattr(cuda, "rejects", rejects_but_for_the_device)
     emulated.set_machine()
     emulated.set_order("ascending")
     emulated.take_launched()
@@ -358,15 +364,15 @@ def test_mixed_parameter_types(emulated: Device) -> None:
 
 def test_more_experts_than_the_kernels_take() -> None:
     h, weight = torch.zeros(2, 8), torch.zeros(257, 8)
-    with pytest.raises(ValueError, match="backend 'cuda' takes up to 256 experts, got 257"):
-        SF.steer(h, weight, None, weight, 0.1, backend="cuda")
+    for scale in (0.1, torch.tensor(0.1)):  # by the operator, and directly
+        with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this: it takes up to 256 experts, got 257"):
+            SF.steer(h, weight, None, weight, scale, backend="cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_the_fast_kernels_take_every_width_on_sm_80(dtype: torch.dtype, emulated: Device) -> None:
     """Up to 4096 columns and 256 experts, all that a pass can have: tiles fit into the 163 KiB a block may have."""
     emulated.set_machine(108)
-    from steermoe_kernels.backends import Options
     from steermoe_kernels.compiled import problem
 
     for width in (8, 384, 1024, 1280, 2048, 4096):

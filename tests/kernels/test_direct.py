@@ -182,7 +182,7 @@ def test_more_settings_than_are_remembered(taken: list[str]) -> None:
 
 
 def test_every_dtype_has_its_own_way(taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "rejects", lambda device, dtype: "it takes no float64" if dtype == torch.float64 else None)
+    monkeypatch.setattr(cpu, "rejects", lambda device, dtype, options: "it takes no float64" if dtype == torch.float64 else None)
     tensors = torch.randn(4, 5), torch.randn(3, 5), None, torch.randn(3, 5), torch.tensor(0.5)
     SF.steer(*tensors, backend="cpu")
     with pytest.raises(RuntimeError, match="it takes no float64"):
@@ -521,7 +521,7 @@ def test_where_there_is_no_direct_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEERMOE_DIRECT", "0")
     assert cpu.direct(Options(), True) is None
     ops._forget_ways()
-    assert ops._direct_way(torch.device("cpu"), torch.float32, None, "", 0.0, False, None, 1, None, True, "cpu") is None
+    assert ops._direct_way(torch.device("cpu"), torch.float32, 3, None, "", 0.0, False, None, 1, None, True, "cpu") is None
 
 
 def test_an_older_torch() -> None:
@@ -540,4 +540,4 @@ def test_an_older_torch() -> None:
 def test_a_backend_without_a_direct_way() -> None:
     assert not hasattr(get_backend("reference"), "direct")
     ops._forget_ways()
-    assert ops._direct_way(torch.device("cpu"), torch.float32, None, "", 0.0, False, None, 1, None, True, "reference") is None
+    assert ops._direct_way(torch.device("cpu"), torch.float32, 3, None, "", 0.0, False, None, 1, None, True, "reference") is None

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .. import Options
+from .. import PLAIN, Options
 
 # "cuda" joins once a run on a GPU is committed: nothing that has not run there becomes the default there.
 AUTO_DEVICES: frozenset[str] = frozenset()
@@ -32,7 +32,7 @@ def unavailable() -> str | None:
     return "the kernels are for NVIDIA GPUs, and this PyTorch is built for ROCm" if torch.version.hip else None
 
 
-def rejects(device: torch.device, dtype: torch.dtype) -> str | None:
+def rejects(device: torch.device, dtype: torch.dtype, options: Options = PLAIN) -> str | None:
     if dtype not in _DTYPES:
         return f"the stream must be float32, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
     if _asks_for_interpreter():
