@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,22 @@ def nothing_remembered() -> Iterator[None]:
     yield
     backends.automatic_backend.cache_clear()
     ops._forget_ways()
+
+
+@pytest.fixture
+def drop_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[ModuleType, Any, str], None]]:
+    """``drop_in(package, found, source)``: the package has one file more, ``dropped_in.py``; ``found`` caches which files it has."""
+    undo: list[Callable[[], Any]] = []
+
+    def drop_in(package: ModuleType, found: Any, source: str) -> None:
+        (tmp_path / "dropped_in.py").write_text(source)
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+        found.cache_clear()
+        undo.extend((found.cache_clear, lambda: sys.modules.pop(f"{package.__name__}.dropped_in", None)))
+
+    yield drop_in
+    for step in undo:
+        step()
 
 
 @pytest.fixture

@@ -124,9 +124,26 @@ def test_a_backend_that_is_missing_here(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_backend_that_does_not_take_this_stream(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device = device_for(backend)
-    monkeypatch.setattr(backends.get_backend(backend), "rejects", lambda device, dtype: f"no {dtype} on {device}")
+    monkeypatch.setattr(backends.get_backend(backend), "rejects", lambda device, dtype, options: f"no {dtype} on {device}")
     with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run this: no torch.float32 on {device}"):
         _run(backend, device)
+
+
+def test_a_pass_that_a_backend_does_not_take(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its neighbours go on as before, by the direct way, which is remembered; "auto" takes the next backend, whoever names it is told."""
+    if "cpu" not in available_backends():
+        pytest.skip("the compiled module is not here")
+    cpu = backends.get_backend("cpu")
+    monkeypatch.setattr(cpu, "rejects", lambda device, dtype, options: "it takes two experts" if options.num_experts > 2 else None)
+    h, two, three, scale = torch.ones(4, 6), torch.ones(2, 6), torch.ones(3, 6), torch.tensor(0.1)
+    for weight in (two, three, two, three):
+        SF.steer(h, weight, None, weight, scale)
+    assert ran == ["cpu forward", "reference forward"] * 2
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="backend 'cpu' cannot run this: it takes two experts"):
+            SF.steer(h, three, None, three, scale, backend="cpu")
+    SF.steer(h, two, None, two, scale, backend="cpu")
+    assert ran == [*["cpu forward", "reference forward"] * 2, "cpu forward"]
 
 
 def test_auto_takes_the_highest_priority_that_can() -> None:
@@ -135,6 +152,27 @@ def test_auto_takes_the_highest_priority_that_can() -> None:
         able = [module for module in able if "cpu" in module.AUTO_DEVICES and module.rejects(CPU, dtype) is None]
         best = max(able, key=lambda module: module.PRIORITY, default=backends.get_backend("reference"))
         assert backends.select_backend("auto", CPU, dtype) is best
+
+
+def test_of_two_backends_for_a_device_auto_takes_the_one_of_higher_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "cpu" not in available_backends():
+        pytest.skip("the compiled module is not here")
+    cpu, reference = backends.get_backend("cpu"), backends.get_backend("reference")
+    monkeypatch.setattr(reference, "AUTO_DEVICES", frozenset({"cpu"}))
+    for priority, better in ((cpu.PRIORITY - 1, cpu), (cpu.PRIORITY + 1, reference)):
+        monkeypatch.setattr(reference, "PRIORITY", priority)
+        backends.automatic_backend.cache_clear()
+        assert backends.select_backend("auto", CPU, torch.float32) is better
+
+
+def test_a_backend_is_one_file(drop_in: Callable[..., None], listen: Callable[..., None]) -> None:
+    drop_in(backends, backends._modules, "from .reference import *\nAUTO_DEVICES, PRIORITY = frozenset({'cpu'}), 1000\n")
+    assert "dropped_in" in available_backends()
+    heard: list[str] = []
+    listen("dropped_in", lambda direction, arguments: heard.append(direction))
+    for name in ("auto", "dropped_in"):
+        _run(name)
+    assert heard == ["forward", "backward"] * 2
 
 
 def test_auto_falls_back_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
