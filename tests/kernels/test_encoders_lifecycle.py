@@ -62,15 +62,28 @@ def openai_whisper() -> nn.Module:
     return pytest.importorskip("whisper.model").AudioEncoder(BINS, POSITIONS, WIDTH, 2, LAYERS)
 
 
-@pytest.fixture(params=[whisper, openai_whisper, Encoder], ids=["whisper", "openai-whisper", "layered"])
-def encoder(request: pytest.FixtureRequest) -> nn.Module:
-    torch.manual_seed(0)
-    return request.param().eval()
+def spectrograms() -> Tensor:
+    return torch.randn(2, BINS, 2 * POSITIONS, generator=torch.Generator().manual_seed(0))
+
+
+# An encoder of WIDTH with LAYERS layers, and what it takes.
+KINDS = {"whisper": (whisper, spectrograms), "openai-whisper": (openai_whisper, spectrograms), "layered": (Encoder, spectrograms)}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture
-def x() -> Tensor:
-    return torch.randn(2, BINS, 2 * POSITIONS, generator=torch.Generator().manual_seed(0))
+def encoder(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    return KINDS[kind][0]().eval()
+
+
+@pytest.fixture
+def x(kind: str) -> Tensor:
+    return KINDS[kind][1]()
 
 
 def run(encoder: nn.Module, x: Tensor) -> Tensor:
@@ -231,8 +244,8 @@ def test_a_pickled_encoder_comes_back_steered(encoder: nn.Module, x: Tensor, sav
     assert torch.equal(run(unsteer_encoder(twin), x), plain)
 
 
-def test_a_pickled_encoder_comes_back_in_another_process(x: Tensor, tmp_path: Any) -> None:
-    encoder = whisper().eval()
+def test_a_pickled_encoder_comes_back_in_another_process(tmp_path: Any) -> None:
+    encoder, x = whisper().eval(), spectrograms()
     steer_encoder(encoder, aligner_for(encoder))
     torch.save((encoder, x, run(encoder, x).detach()), tmp_path / "steered.pt")
     program = "import sys, torch; e, x, y = torch.load(sys.argv[1], weights_only=False); assert torch.equal(e(x).last_hidden_state, y)"
@@ -297,14 +310,14 @@ def test_training_only_the_aligner(encoder: nn.Module, x: Tensor) -> None:
         assert (parameter.grad is not None and parameter.grad.any()) == name.startswith("steering."), name
 
 
-def test_a_saved_hidden_state_takes_nothing_along(x: Tensor) -> None:
+def test_a_saved_hidden_state_takes_nothing_along() -> None:
     """The normalised frames that travel with a layer's output do not end up in files and copies."""
     encoder = whisper().eval()
     steer_encoder(encoder, aligner_for(encoder))
     outputs = []
     encoder.layers[0].register_forward_hook(lambda module, args, output: outputs.append(output))
     with torch.no_grad():
-        run(encoder, x)
+        run(encoder, spectrograms())
     sizes = []
     for tensor in (outputs[0], outputs[0].clone()):
         file = io.BytesIO()
@@ -312,6 +325,44 @@ def test_a_saved_hidden_state_takes_nothing_along(x: Tensor) -> None:
         sizes.append(file.getbuffer().nbytes)
     assert sizes[0] < sizes[1] + 1000
     assert copy.deepcopy(outputs[0])._steered is None
+
+
+class Chain(nn.Module):
+    """No list of layers, which no kind knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(), Block()
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.second(self.first(h))
+
+
+CHAIN = """
+from .layered import SteerAfter
+
+PRIORITY = 5
+
+def takes(encoder): return type(encoder).__name__ == "Chain"
+
+def layers(encoder): return [encoder.first, encoder.second]
+
+def steer(encoder, aligner, pool, pool_size):
+    for index, layer in enumerate(layers(encoder)):
+        layer.register_forward_hook(SteerAfter(aligner, index, pool if index else None, pool_size), prepend=True)
+"""
+
+
+def test_a_kind_is_one_file(drop_in: Callable[..., None]) -> None:
+    encoder, h = Chain(), torch.randn(2, 7, WIDTH)
+    with pytest.raises(ValueError, match="Chain has no layers to steer"):
+        describe_encoder(encoder)
+    drop_in(encoders, encoders._kinds, CHAIN)
+    before, y = snapshot(encoder), encoder(h)
+    steer_encoder(encoder, aligner_for(encoder), pool="max", pool_size=3)
+    assert encoder.steering.num_layers == 2 and encoder(h).shape == (2, 3, WIDTH)
+    unsteer_encoder(encoder)
+    assert snapshot(encoder) == before and torch.equal(encoder(h), y)
 
 
 # --- refused, and nothing changed -------------------------------------------------------------------------------------------------------

@@ -319,6 +319,18 @@ def test_forward_pre_hooks(place: str, hook: Any, mode: Any) -> None:
         torch.testing.assert_close(last(ours, draw_input())["last"], last(oracle, draw_input())["last"], rtol=1e-10, atol=1e-10)
 
 
+def test_a_stream_that_requires_a_gradient_from_some_layer_on() -> None:
+    """Nothing is trained here; who adapts an encoder, or asks what a layer contributes, makes its output a leaf."""
+    found = []
+    for encoder in pair(plain_encoder()):
+        encoder.requires_grad_(False)
+        leaves: list[Tensor] = []
+        encoder.layers[1].register_forward_hook(lambda module, args, output, leaves=leaves: leaves.append(output.requires_grad_()))
+        y = encoder(draw_input()).last_hidden_state
+        found.append(dict(zip(("y", "d leaf"), (y.detach(), *torch.autograd.grad(y.square().sum(), leaves)), strict=True)))
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_stream_written_to_between_layers_called_by_hand(inference: bool) -> None:
     ours, oracle = pair(plain_encoder())
@@ -363,6 +375,17 @@ def test_one_fused_pass_a_layer(monkeypatch: pytest.MonkeyPatch, frames: int, mo
         ours(x)
     # What PyTorch still normalises: each layer's second norm, inside the layer, and the first norm of the first layer.
     assert (calls.steer_norm, calls.steer, calls.layer_norm) == (LAYERS, 0, LAYERS + 1)
+
+
+def test_a_half_stream_is_not_handed_over_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a norm of the encoder's own may answer in another dtype, differently from device to device."""
+    ours, _ = pair(plain_encoder(), torch.bfloat16)
+    calls = Calls(monkeypatch)
+    ours(draw_input().bfloat16())
+    assert (calls.steer_norm, calls.steer) == (LAYERS, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours(draw_input().bfloat16())
+    assert (calls.steer_norm, calls.steer) == (LAYERS, LAYERS)
 
 
 def test_the_stream_is_copied_once_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,6 +552,10 @@ def wrapped_forward(encoder: nn.Module) -> None:
     encoder.layers[2].forward = lambda *args, **kwargs: 1.5 * plain(*args, **kwargs)
 
 
+def shared_norm(encoder: nn.Module) -> None:
+    encoder.layers[2].self_attn_layer_norm = encoder.layers[1].self_attn_layer_norm
+
+
 def subclassed_layer(encoder: nn.Module) -> None:
     class Layer(whisper.WhisperEncoderLayer):
         def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
@@ -537,7 +564,7 @@ def subclassed_layer(encoder: nn.Module) -> None:
     encoder.layers[0].__class__ = Layer
 
 
-@pytest.mark.parametrize("change", [new_norm, norm_without_weights, subclassed_layer])
+@pytest.mark.parametrize("change", [new_norm, norm_without_weights, shared_norm, subclassed_layer])
 def test_changed_encoders_are_steered_by_hooks(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = plain_encoder()
     change(encoder)
@@ -556,6 +583,19 @@ def test_an_encoder_whose_layers_were_wrapped_is_steered_by_hooks() -> None:
         wrapped_forward(each)
     steer_encoder(encoder, fused_aligner(aligner, torch.float64))
     assert_same(differentiate(encoder, draw_input(), last), differentiate(oracle, draw_input(), last))
+
+
+def test_a_layer_that_takes_other_arguments_is_steered_by_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version of the library that this file does not know."""
+
+    def forward(self: nn.Module, hidden_states: Tensor, attention_mask: Any = None, position_bias: Any = None, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    monkeypatch.setattr(whisper.WhisperEncoderLayer, "forward", forward)
+    ours, _ = pair(plain_encoder())
+    calls = Calls(monkeypatch)
+    ours(draw_input())
+    assert (calls.steer_norm, calls.steer) == (0, LAYERS)
 
 
 def test_layers_that_return_tuples() -> None:

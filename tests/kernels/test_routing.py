@@ -57,8 +57,8 @@ def test_of_equal_logits_the_lowest_index_wins(backend: str, device: torch.devic
 
 def test_experts_with_equal_rows_tie(backend: str, device: torch.device) -> None:
     """Equal rows of the router give equal logits to the bit, wherever among the experts they stand."""
-    if backend == "reference":
-        pytest.skip("torch's matrix products promise no such thing")
+    if backend not in ("cpu", "cuda", "triton"):
+        pytest.skip("only products by kernels of our own promise this; those of a library do not")
     generator = torch.Generator().manual_seed(0)
     frames, row = torch.randn(12, 33, generator=generator), torch.randn(1, 33, generator=generator)
     for dtype in dtypes_of(backend, device):
