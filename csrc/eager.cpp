@@ -42,7 +42,7 @@ bool is_same(py::handle one, py::handle other) {
   return plain && Py_TYPE(one.ptr()) == Py_TYPE(other.ptr()) && PyObject_RichCompareBool(one.ptr(), other.ptr(), Py_EQ) == 1;
 }
 
-// What is asked of Python; `ops.py` has the answers.
+// What is asked of Python; `steermoe_kernels/eager.py` has the answers.
 struct Eager {
   py::tuple watchers;   // functions, any of which says yes where somebody wants to see operators go by
   py::object records;   // whether autograd does

@@ -69,7 +69,7 @@ def forward_results(x: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor
     probs = torch.empty_like(gates) if options.keeps_probs else gates.new_empty(0)
     normed = x.new_empty((batch, pooled, width) if options.norm else 0)
     stats = gates.new_empty((2, batch, pooled) if options.norm else 0)
-    return torch.empty_like(x), normed, gates, probs, stats
+    return x.new_empty(x.shape), normed, gates, probs, stats
 
 
 def backward_results(y: Tensor, gates: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor | None]:
@@ -77,7 +77,7 @@ def backward_results(y: Tensor, gates: Tensor, weight: Tensor, needs: list[bool]
     num_experts, width = weight.shape
     shapes = ((num_experts, width), (num_experts,), (num_experts, width), (), (width,), (width,))
     return [
-        torch.empty_like(y) if needs[0] else None,
+        y.new_empty(y.shape) if needs[0] else None,
         *(gates.new_empty(shape) if need else None for shape, need in zip(shapes, needs[1:], strict=True)),
     ]
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import ops
+from . import eager, projection
 from .checks import check_norm, check_pool, check_renormalize, check_scale, check_stream, check_top_k
 from .reference import compute_dtype
 
@@ -40,7 +40,7 @@ def steer(
     cannot run.
     """
     settings = ("", 0.0, False, None, 1, top_k, renormalize, backend)
-    results = ops.steer_directly(h, None, weight, bias, vectors, scale, None, None, settings)
+    results = eager.steer_directly(h, None, weight, bias, vectors, scale, None, None, settings)
     y, _, gates = results or _run(h, None, weight, bias, vectors, scale, None, None, *settings)
     return y, gates
 
@@ -73,7 +73,7 @@ def steer_norm(
     Raises as `steer`.
     """
     settings = ("layer", eps, rms, pool, pool_size, top_k, renormalize, backend)
-    results = ops.steer_directly(x, residual, weight, bias, vectors, scale, norm_weight, norm_bias, settings)
+    results = eager.steer_directly(x, residual, weight, bias, vectors, scale, norm_weight, norm_bias, settings)
     return results or _run(x, residual, weight, bias, vectors, scale, norm_weight, norm_bias, *settings)  # type: ignore[return-value]
 
 
@@ -87,7 +87,7 @@ def project(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     device = h.device.type
     if device in _AUTOCASTS and torch.is_autocast_enabled(device) and h.dtype != torch.float64:
         h = h.to(torch.get_autocast_dtype(device))
-    return ops.project(h, weight, bias)
+    return projection.project(h, weight, bias)
 
 
 def _run(
@@ -134,7 +134,7 @@ def _run(
     else:
         frames = x.reshape(1, math.prod(lead), width)  # lead.numel() would be a constant to tracers
         residual_frames = None if residual is None else residual.reshape(frames.shape)
-    y, normed, gates = ops.steer(
+    y, normed, gates = eager.steer(
         frames,
         residual_frames,
         weight,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from problems import device_for
 
-from steermoe_kernels import backends, ops
+from steermoe_kernels import backends, eager
 
 Hear = Callable[[str, tuple[Any, ...]], None]
 
@@ -28,7 +28,7 @@ def nothing_remembered() -> Iterator[None]:
     """Who runs a pass is decided anew in every test: some tests change what the decision rests on."""
     yield
     backends.automatic_backend.cache_clear()
-    ops._forget_ways()
+    eager.forget_ways()
 
 
 @pytest.fixture
@@ -73,6 +73,6 @@ def listen(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Hear], None]:
                 return way and SimpleNamespace(**{name: listening(name, getattr(way, name)) for name in ("forward", "backward")})
 
             monkeypatch.setattr(module, "direct", listened)
-        ops._forget_ways()
+        eager.forget_ways()
 
     return listen

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from steermoe_kernels import eager
 from steermoe_kernels import functional as SF
-from steermoe_kernels import ops
 from steermoe_kernels.backends import Options, cpu, get_backend
 
 pytestmark = pytest.mark.skipif(
@@ -62,14 +62,14 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return results
 
     monkeypatch.setattr(cpu, "direct", lambda *settings: Telling(make(*settings)))
-    ops._forget_ways()
+    eager.forget_ways()
     return directions
 
 
 @pytest.fixture
 def long_way(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     def close() -> None:
-        monkeypatch.setattr(ops, "steer_directly", lambda *arguments: None)
+        monkeypatch.setattr(eager, "steer_directly", lambda *arguments: None)
 
     yield close
 
@@ -520,8 +520,8 @@ def test_where_there_is_no_direct_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu.direct(Options(), True) is not None
     monkeypatch.setenv("STEERMOE_DIRECT", "0")
     assert cpu.direct(Options(), True) is None
-    ops._forget_ways()
-    assert ops._direct_way(torch.device("cpu"), torch.float32, 3, None, "", 0.0, False, None, 1, None, True, "cpu") is None
+    eager.forget_ways()
+    assert eager._direct_way(torch.device("cpu"), torch.float32, 3, None, "", 0.0, False, None, 1, None, True, "cpu") is None
 
 
 def test_an_older_torch() -> None:
@@ -539,5 +539,5 @@ def test_an_older_torch() -> None:
 
 def test_a_backend_without_a_direct_way() -> None:
     assert not hasattr(get_backend("reference"), "direct")
-    ops._forget_ways()
-    assert ops._direct_way(torch.device("cpu"), torch.float32, 3, None, "", 0.0, False, None, 1, None, True, "reference") is None
+    eager.forget_ways()
+    assert eager._direct_way(torch.device("cpu"), torch.float32, 3, None, "", 0.0, False, None, 1, None, True, "reference") is None
