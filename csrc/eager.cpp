@@ -74,9 +74,8 @@ struct Eager {
 
   // None, too, for a weight that is no matrix.
   py::object find_way(const TensorView& stream, py::handle x, py::handle weight, const py::tuple& settings) {
-    TensorView matrix;
-    if (!view_tensor(weight, matrix) || matrix.rank != 2) return py::none();
-    const std::int64_t num_experts = matrix.shape[0];
+    std::int64_t num_experts;
+    if (!view_rows(weight, num_experts)) return py::none();
     const py::object preferred = stream.device.type == Device::kCpu ? py::none() : prefer(x, weight);
     for (const Known& one : known)
       if (one.device == stream.device && one.dtype == stream.dtype && one.num_experts == num_experts && is_same(one.preferred, preferred) &&

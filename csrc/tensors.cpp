@@ -107,6 +107,14 @@ void bury(ManagedTensor* managed) {
   owner->free(managed->tensor.data, owner->size);
 }
 
+bool from_object(py::handle object, Tensor& tensor) {
+  const PyTypeObject* type = Py_TYPE(object.ptr());
+  if (exchange == nullptr || (type != tensor_type && type != parameter_type)) return false;
+  if (exchange->from_object(object.ptr(), &tensor) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
 bool says_yes(PyObject* question) {
   const auto answer = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(question));
   if (!answer) throw py::error_already_set();
@@ -156,11 +164,10 @@ bool connect_tensors(py::handle tensor, py::handle parameter) {
 }
 
 bool view_tensor(py::handle object, TensorView& view) {
-  const PyTypeObject* type = Py_TYPE(object.ptr());
-  if (exchange == nullptr || (type != tensor_type && type != parameter_type)) return false;
-  const auto negates = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg, object.ptr()));
   Tensor tensor;
-  if (!negates || exchange->from_object(object.ptr(), &tensor) != 0) {
+  if (!from_object(object, tensor)) return false;
+  const auto negates = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg, object.ptr()));
+  if (!negates) {
     PyErr_Clear();
     return false;
   }
@@ -170,6 +177,13 @@ bool view_tensor(py::handle object, TensorView& view) {
   view.shape = tensor.shape;
   return negates.is(py::handle(Py_False)) && tensor.data != nullptr && element_to_dtype(tensor.element, view.dtype) &&
          is_contiguous(tensor);
+}
+
+bool view_rows(py::handle object, std::int64_t& rows) {
+  Tensor tensor;
+  if (!from_object(object, tensor) || tensor.rank != 2) return false;
+  rows = tensor.shape[0];
+  return true;
 }
 
 py::object adopt_memory(DType dtype, const Shape& shape, void* data, std::int64_t size, void (*free)(void*, std::int64_t)) {

@@ -43,6 +43,10 @@ bool connect_tensors(pybind11::handle tensor_type, pybind11::handle parameter_ty
 // negates; nothing is raised. The shape lives as long as the tensor does.
 bool view_tensor(pybind11::handle object, TensorView& view);
 
+// The number of rows of a matrix, without all that `view_tensor` asks, which takes time. False unless the object is a tensor or parameter,
+// of two dimensions; nothing is raised.
+bool view_rows(pybind11::handle object, std::int64_t& rows);
+
 // A contiguous tensor on the CPU in the memory at `data`, which `free(data, size)` takes back when its time has come. None where torch
 // refuses.
 pybind11::object adopt_memory(DType dtype, const Shape& shape, void* data, std::int64_t size, void (*free)(void*, std::int64_t));
