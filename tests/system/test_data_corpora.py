@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import datasets
@@ -336,10 +337,56 @@ def test_specification_errors(tmp_path: Path) -> None:
             data.load(spec)  # type: ignore[arg-type]
 
 
-def test_a_kind_is_one_file() -> None:
-    assert set(data.kinds()) >= {"manifest", "librispeech", "aishell", "clotho_aqa", "huggingface"}
-    for kind in data.kinds().values():
-        assert kind.LOOKED_FOR and callable(kind.takes) and callable(kind.read)
+def test_a_kind_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module dropped into the package's folder, and nothing else, is a kind: found, told from the path, its options checked."""
+    (tmp_path / "shouted.py").write_text(
+        """
+from steermoe.data.corpus import Corpus, Example, decoded, numbered_lines
+
+PRIORITY, LOOKED_FOR = 10, "a .shout file"
+
+
+def takes(path):
+    return path.suffix == ".shout"
+
+
+def read(path, *, times: int = 1, loud: bool = False, gain: float | None = None, only: tuple[int, ...] = ()):
+    lines = [(number, decoded(line)) for number, line in numbered_lines(path)]
+    return Corpus([Example("a.wav", text * times, where=f"{path}:{number}") for number, text in lines])
+"""
+    )
+    path = tmp_path / "corpus.shout"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n \r\n two\n")
+    monkeypatch.setattr(data, "__path__", [*data.__path__, str(tmp_path)])
+    data._kinds.cache_clear()
+    try:
+        assert [(row.text, row.name) for row in data.load(path)] == [("one", f"{path}:1"), (" two", f"{path}:3")]
+        options = {"times": 2, "loud": True, "gain": 1, "only": (1,)}
+        assert data.load({"path": path, "kind": "shouted"} | options)[0].text == "oneone"
+        for name, value, wanted in [
+            ("times", "2", "a whole number"),
+            ("times", True, "a whole number"),
+            ("loud", 1, "true or false"),
+            ("gain", "loud", "a number"),
+        ]:
+            with pytest.raises(TypeError, match=f"a corpus's {name} must be {wanted}, got {value!r}"):
+                data.load({"path": path, name: value})
+        with pytest.raises(ValueError, match=r"no kind of corpus takes(.|\n)*shouted: a \.shout file"):
+            data.load(record(tmp_path / "a.wav", "one"))
+    finally:
+        monkeypatch.undo()
+        data._kinds.cache_clear()
+        sys.modules.pop(f"{data.__name__}.shouted", None)
+        vars(data).pop("shouted", None)
+    assert "shouted" not in data.kinds() and {"manifest", "librispeech", "aishell", "clotho_aqa", "huggingface"} <= set(data.kinds())
+
+
+def test_of_two_kinds_that_take_a_path_the_higher_priority_reads_it(tmp_path: Path) -> None:
+    record(tmp_path / "1-2-0000.flac", "one")
+    (tmp_path / "1-2.trans.txt").write_text("1-2-0000 FROM THE TRANSCRIPT\n")
+    write_manifest(tmp_path, {"audio_filepath": "1-2-0000.flac", "text": "from the manifest"})
+    assert data.load(tmp_path)[0].text == "FROM THE TRANSCRIPT"
+    assert data.load({"path": tmp_path, "kind": "manifest"})[0].text == "from the manifest"
 
 
 @pytest.mark.skipif(not SPEECH.is_dir(), reason="no recorded speech beside the repository")

@@ -17,12 +17,21 @@ Any other field is kept in ``Example.extra``. Kinds of corpus are modules in thi
 ``LOOKED_FOR: str``
     What a path of this kind looks like, for the message when no kind takes a path.
 ``PRIORITY: int`` and ``takes(path) -> bool``
-    Of the modules that take a path, the one with the highest priority reads it. ``takes`` looks at names, not into audio.
+    Of the modules that take a path, the one with the highest priority reads it: 10 for a file type, 20 for a folder's layout, 30 for what
+    cannot be mistaken. ``takes`` looks at names, not into audio.
 ``read(path, **options) -> Corpus``
-    The rows in a fixed order, bad ones in ``problems``. Its keyword arguments, with defaults, are the options of this kind. The path is
-    there, except where the module defines ``REMOTE = True``: then it may name something on a hub.
+    The rows in a fixed order, bad ones in ``problems``. Its keyword arguments, with defaults, are the options of this kind; those annotated
+    with str, int, float, bool, None or a union of these are checked before the call. The path is there, except where the module defines
+    ``REMOTE = True``: then it may name something on a hub.
 
-The module's name is the ``kind`` that a specification may give.
+The module's name is the ``kind`` that a specification may give. What the kinds have in common:
+
+- ``split`` picks a part of the corpus as its publisher names it ("test-clean"), and one that is not there is an error that lists those that
+  are; ``audio_dir`` is where audio lies, if not beside the table.
+- A bad row never stops the others: it becomes a `Problem`. ``where`` of examples and problems is "FILE:LINE", or the audio file's path
+  for audio without a line.
+- `corpus.numbered_lines` gives a text file's lines with their numbers, `corpus.decoded` a line's text, and `corpus.is_file` whether a row's
+  file is there; the latter two raise the ValueError that a problem's reason is made of.
 """
 
 from __future__ import annotations
@@ -32,6 +41,8 @@ import importlib
 import inspect
 import os
 import pkgutil
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import chain
@@ -61,6 +72,15 @@ __all__ = [
     "read_audio",
     "split_at_quiet",
 ]
+
+# Types of options: what a message calls them, and what is taken for them.
+_PLAIN: dict[Any, tuple[str, tuple[type, ...]]] = {
+    str: ("a string", (str, os.PathLike)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    bool: ("true or false", (bool,)),
+    type(None): ("null", (type(None),)),
+}
 
 Specification: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any]"
 
@@ -145,16 +165,26 @@ def _told(path: Path) -> ModuleType:
 
 
 def _check_options(module: ModuleType, options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(module.read).parameters
-    known = [name for name in parameters if name != "path"]
+    known = [name for name in inspect.signature(module.read).parameters if name != "path"]
+    hints = typing.get_type_hints(module.read)
     for name, value in options.items():
         if name not in known:
             every = sorted([*known, "kind", "path", "prompt", "first"])
             kind = module.__name__.rpartition(".")[2]
             raise ValueError(f"a corpus of kind {kind} has no option {name!r}; it has {', '.join(every)}{_nearest(name, every)}")
-        # As the kinds of corpus write the type of every option that is a name or a folder.
-        if parameters[name].annotation == "str | None" and not isinstance(value, str | os.PathLike | None):
-            raise TypeError(f"a corpus's {name} must be a string, got {value!r}")
+        _check_type(name, value, hints.get(name, Any))
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """TypeError for a value that is none of the plain types in ``hint``; a ``hint`` with other types is the kind's own to check."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    if not all(choice in _PLAIN for choice in choices):
+        return
+    accepted: Any = tuple(kind for choice in choices for kind in _PLAIN[choice][1])
+    # To Python a bool is an int.
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in choices):
+        wanted = " or ".join(_PLAIN[choice][0] for choice in choices if choice is not type(None))
+        raise TypeError(f"a corpus's {name} must be {wanted}, got {value!r}")
 
 
 def _nearest(name: str, known: Any) -> str:

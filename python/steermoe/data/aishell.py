@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 import re
 from pathlib import Path
 
-from .corpus import Corpus, Example, Problem, decoded
+from .corpus import Corpus, Example, Problem, decoded, numbered_lines
 
 PRIORITY = 20
 LOOKED_FOR = "a folder with wav/ and transcript/aishell_transcript*.txt (AISHELL-1) or trans.txt (AISHELL-2)"
@@ -68,9 +67,9 @@ def _transcript(root: Path) -> Path | None:
 def _texts(transcript: Path) -> dict[str, tuple[int, bytes]]:
     """Line number and line by utterance, undecoded: one that is not UTF-8 is a fault of its own row."""
     texts = {}
-    for number, line in enumerate(transcript.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+    for number, line in numbered_lines(transcript):
         name, _ = _fields(line.decode("utf-8", errors="replace"))
-        if name:
+        if name:  # else an ideographic space
             texts[name] = number, line
     return texts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import logging
@@ -9,7 +10,7 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -270,6 +271,17 @@ def describe_problems(problems: Sequence[Problem], limit: int, name: str = "") -
     more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
     of = f" in {name}" if name else ""
     return f"{len(problems)} bad rows{of}, and max_bad_rows allows {limit}: mend or remove them, or allow more{listed}{more}"
+
+
+def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
+    """The lines of a text file that are not blank, without a byte order mark and the whitespace at their ends, numbered from 1.
+
+    As bytes, for `decoded`: one line that is not UTF-8 must not stop the others.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line := (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rstrip():
+                yield number, line
 
 
 def decoded(line: bytes) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 from pathlib import Path
 
-from .corpus import Corpus, Example, Problem, decoded
+from .corpus import Corpus, Example, Problem, decoded, numbered_lines
 
 PRIORITY = 20
 LOOKED_FOR = "a folder with *.trans.txt files and their audio at most four folders down, as LibriSpeech's test-clean"
@@ -36,9 +35,7 @@ def read(path: str | os.PathLike[str], *, split: str | None = None) -> Corpus:
     problems: list[Problem] = []
     for transcripts in sorted(root.rglob("*.trans.txt")):
         audio = {file.stem: file for file in transcripts.parent.iterdir() if file.suffix.lower() in _SUFFIXES}
-        for number, line in enumerate(transcripts.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), 1):
-            if not line.strip():
-                continue
+        for number, line in numbered_lines(transcripts):
             name = line.split()[0].decode("utf-8", errors="replace")
             where = f"{transcripts}:{number}"
             file = audio.pop(name, None)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .corpus import Corpus, Example, Problem, decoded, is_file, lone_surrogate
+from .corpus import Corpus, Example, Problem, decoded, is_file, lone_surrogate, numbered_lines
 
 PRIORITY = 10
 LOOKED_FOR = "a .jsonl, .ndjson or .json file with one JSON object a line, or a folder with a manifest.jsonl"
@@ -37,7 +37,7 @@ def read(path: str | os.PathLike[str], *, audio_dir: str | None = None, where: M
     base = Path(audio_dir) if audio_dir is not None else manifest.parent
     rows: list[Example] = []
     problems: list[Problem] = []
-    for number, line in _lines(manifest):
+    for number, line in numbered_lines(manifest):
         try:
             row = _parse(line)
             if where is None or _matches(row, where):
@@ -45,15 +45,6 @@ def read(path: str | os.PathLike[str], *, audio_dir: str | None = None, where: M
         except ValueError as error:
             problems.append(Problem(f"{manifest}:{number}", str(error)))
     return Corpus(rows, problems, str(manifest))
-
-
-def _lines(manifest: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers, as bytes: one that is not UTF-8 must not stop the others."""
-    with open(manifest, "rb") as file:
-        for number, line in enumerate(file, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
-            if line:
-                yield number, line
 
 
 def _parse(line: bytes) -> dict[str, Any]:
