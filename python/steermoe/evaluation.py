@@ -177,7 +177,7 @@ def evaluate(
 ) -> Evaluation:
     """Score every row of ``corpus``: word and character error rates for transcription, exact match for questions.
 
-    ``task`` "transcription" or "question"; None is "question" where rows have answers. ``prompt`` is for rows without their own.
+    ``task`` "transcription" or "question"; None is "question" where any row has answers. ``prompt`` is for rows without their own.
     ``language`` and ``normalization`` are `word_errors`'s. Batches hold clips of similar length; results are in the corpus's order. Longer
     clips than encoder and language model take (`longest_piece`) are split at quiet places and their texts joined; a question gets all
     pieces of what the encoder takes in one prompt, and is not scored where those are more than the language model takes.

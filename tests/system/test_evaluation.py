@@ -94,6 +94,12 @@ def test_bootstrap_covers_and_repeats() -> None:
     assert bootstrap(np.array([2]), np.array([8])) == (0.25, 0.25)
 
 
+def test_the_interval_is_over_reference_words() -> None:
+    """Insertions are errors, and no reference words."""
+    errors = word_errors(["one", "two"], ["one and more", "two and more"], normalization="basic")
+    assert errors.wer.rate == 2.0 and errors.wer.interval == (2.0, 2.0)
+
+
 def test_languages() -> None:
     assert [language_code(name) for name in ("English", "en-US", "de", "yue")] == ["en", "en", "de", "yue"]
     assert [language_code(name) for name in ("German", " mandarin ", "Khmer", "haw")] == ["de", "zh", "km", "haw"]
@@ -238,6 +244,26 @@ def test_questions_get_all_pieces_in_one_prompt(tmp_path: Path) -> None:
         evaluate(ToneModel(), processor, Corpus(rows), output=tmp_path)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         evaluate(ToneModel(), processor, Corpus(rows), batch_size=0)
+
+
+def test_a_corpus_with_some_questions_is_one_of_questions(tmp_path: Path) -> None:
+    """Rows without answers are right where they say their text."""
+    rows = [
+        Example(str(record(tmp_path / "a.wav", "one")), "one", id="a"),
+        Example(str(record(tmp_path / "b.wav", "yes")), "yes", prompt="Is it?", answers=("yes", "no"), id="b"),
+    ]
+    result = evaluate(ToneModel(), ToneProcessor(), Corpus(rows))
+    assert result.task == "question" and result.match is not None and result.match.correct.tolist() == [True, True]
+
+
+def test_a_question_about_silence_is_asked(tmp_path: Path) -> None:
+    """Only a transcript of silence is known to be empty."""
+    soundfile.write(tmp_path / "silent.wav", np.zeros(8000), 16000)
+    model = ToneModel()
+    silent = Example(str(tmp_path / "silent.wav"), "nothing", prompt="What is heard?", answers=("nothing",), where="m:1")
+    result = evaluate(model, ToneProcessor(), Corpus([silent]))
+    assert model.batches == [1] and len(result.hypotheses) == 1
+    assert [problem.where for problem in result.warnings] == ["m:1"]
 
 
 def test_generation_options_and_prompts_reach_the_model(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from steermoe import SteerMoEConfig, SteerMoEForConditionalGeneration, SteerMoEProcessor
 from steermoe.audio_frames import FrameCounts
 from steermoe.label_loss import chunked_cross_entropy
+from steermoe.loading import cast
 
 Folder = Callable[[str], Path]
 Model = tuple[Any, Any]
@@ -301,6 +302,21 @@ def test_half_precision_backbones_under_a_float32_aligner(dtype: torch.dtype, ti
     output.loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.trained_parameters().values())
     assert model.generate(**processor(MIXED, ALL_CLIPS), **GREEDY).shape[0] == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("declared", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
+def test_what_a_model_keeps_in_float32_stays_in_float32(
+    declared: str, dtype: torch.dtype, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the library loads it: always, or in float16 only."""
+    monkeypatch.setattr(transformers.Qwen2ForCausalLM, declared, ["mlp"])
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tiny_language_model, dtype=dtype).state_dict()
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tiny_language_model, dtype=torch.float32)
+    cast(ours, dtype)
+    assert {name: tensor.dtype for name, tensor in ours.state_dict().items()} == {name: tensor.dtype for name, tensor in plain.items()}
+    kept = declared.endswith("_strict") or dtype == torch.float16
+    assert plain["model.layers.0.mlp.up_proj.weight"].dtype == (torch.float32 if kept else dtype)
 
 
 def test_autocast(made: Model) -> None:
