@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,7 +171,7 @@ def evaluate(
 def transcribe(
     files: Annotated[list[Path], typer.Argument(help="recordings of any length")],
     checkpoint: Checkpoint,
-    form: Annotated[str, typer.Option("--format", "-f", help="text, json or srt")] = "text",
+    form: Annotated[str, typer.Option("--format", "-f", help="text, json (an array for several files) or srt")] = "text",
     output_dir: Annotated[Path | None, typer.Option(help="write FILE.txt, .json or .srt into this folder instead")] = None,
     prompt: Annotated[str | None, typer.Option(help="what the user turn says")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="the longest segment (default: what encoder and language model take)")] = None,
@@ -184,32 +185,46 @@ def transcribe(
     from .transcription import longest_piece
     from .transcription import transcribe as run
 
-    endings = {"text": ".txt", "json": ".json", "srt": ".srt"}
-    if form not in endings:
+    forms: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "text": (".txt", lambda transcript: transcript.text + "\n"),
+        "json": (".json", lambda transcript: transcript.to_json() + "\n"),
+        "srt": (".srt", lambda transcript: transcript.to_srt()),
+    }
+    if form not in forms:
         raise typer.BadParameter(f"must be text, json or srt, got {form!r}", param_hint="--format")
-    targets = None if output_dir is None else _targets(files, output_dir, endings[form])
+    if form == "srt" and len(files) > 1 and output_dir is None:
+        raise typer.BadParameter("subtitles of several files need a file each: give --output-dir", param_hint="--format")
+    ending, written = forms[form]
+    targets = None if output_dir is None else _targets(files, output_dir, ending)
     model, processor = _load(checkpoint, audio_model, text_model, device, dtype)
     longest_piece(model, processor, prompt=prompt, max_seconds=max_seconds)  # what no file can have is said once
-    failed = False
-    for index, file in enumerate(files):
-        try:
-            transcript = run(
-                model, processor, file, prompt=prompt, max_seconds=max_seconds, batch_size=batch_size, progress=sys.stderr.isatty()
-            )
-            text = {"text": lambda t: t.text + "\n", "json": lambda t: t.to_json() + "\n", "srt": lambda t: t.to_srt()}[form](transcript)
-            if targets is not None:
-                targets[index].write_text(text, encoding="utf-8", errors="backslashreplace")
-        except SAID as error:
-            if os.environ.get("STEERMOE_DEBUG"):
-                raise
-            said = _said(error)
-            _ERRORS.print(f"error: {said}" if str(file) in said else f"error: {file}: {said}", markup=False)
-            failed = True
-            continue
-        for warning in transcript.warnings:
-            _ERRORS.print(f"{file}: {warning}", markup=False)
-        if targets is None:
-            print(f"{file}: {text}" if form == "text" and len(files) > 1 else text, end="")
+    failed, listed = False, form == "json" and len(files) > 1 and targets is None
+    transcripts: list[dict[str, Any]] = []
+    try:
+        for index, file in enumerate(files):
+            try:
+                transcript = run(
+                    model, processor, file, prompt=prompt, max_seconds=max_seconds, batch_size=batch_size, progress=sys.stderr.isatty()
+                )
+                text = written(transcript)
+                if targets is not None:
+                    targets[index].write_text(text, encoding="utf-8", errors="backslashreplace")
+            except SAID as error:
+                if os.environ.get("STEERMOE_DEBUG"):
+                    raise
+                said = _said(error)
+                _ERRORS.print(f"error: {said}" if str(file) in said else f"error: {file}: {said}", markup=False)
+                failed = True
+                continue
+            for warning in transcript.warnings:
+                _ERRORS.print(f"{file}: {warning}", markup=False)
+            if listed:
+                transcripts.append(transcript.to_dict())
+            elif targets is None:
+                print(f"{file}: {text}" if form == "text" and len(files) > 1 else text, end="")
+    finally:  # after Ctrl-C, those that are done
+        if listed:
+            _show(transcripts)
     raise typer.Exit(int(failed))
 
 
@@ -348,8 +363,8 @@ def _folder(checkpoint: Path) -> Path:
 
 
 def _show(result: Any) -> None:
-    """To standard output: a mapping as JSON, anything else as rich draws it, as wide as the terminal or, in a pipe, as it needs to be."""
-    if isinstance(result, dict):
+    """To standard output: a mapping or list as JSON, anything else as rich draws it, as wide as the terminal or, in a pipe, as needed."""
+    if isinstance(result, dict | list):
         print(json.dumps(result, ensure_ascii=False, indent=2, default=str))
         return
     console = Console(highlight=False)

@@ -139,6 +139,32 @@ def test_transcribe_in_every_form_and_name_what_cannot_be_read(shown: tuple[demo
     assert spoken["segments"][0]["text"] == spoken["text"] != ""
 
 
+def test_json_of_several_files_is_one_document(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    files = [record(tmp_path / "a.wav", "one"), tmp_path / "gone.wav", record(tmp_path / "b.wav", "two")]
+    monkeypatch.setattr(cli, "_load", lambda *_: (ToneModel(), ToneProcessor()))
+    arguments = ("transcribe", *files, "-c", tmp_path, "-f", "json")
+    monkeypatch.setattr(sys, "argv", ["steermoe", *map(str, arguments)])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    printed = capsys.readouterr()
+    assert [(Path(row["source"]).name, row["text"]) for row in json.loads(printed.out)] == [("a.wav", "one"), ("b.wav", "two")]
+    assert "gone.wav" in printed.err
+
+    from steermoe import transcription
+
+    transcribe = transcription.transcribe
+
+    def interrupted(model: object, processor: object, file: Path, **options: object) -> transcription.Transcript:
+        if file == files[2]:
+            raise KeyboardInterrupt
+        return transcribe(model, processor, file, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(transcription, "transcribe", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        cli.main()
+    assert [row["text"] for row in json.loads(capsys.readouterr().out)] == ["one"]
+
+
 def test_transcribe_more_than_the_language_model_takes_at_once(shown: tuple[demonstration.DemoResult, Path], tmp_path: Path) -> None:
     result, folder = shown
     clips = [soundfile.read(path)[0] for path in sorted((folder / "held-out").glob("*.flac"))]
@@ -262,6 +288,7 @@ def test_data_check_lists_what_is_wrong(tmp_path: Path) -> None:
             1,
             "x/a.wav and y/a.mp3 would both be written to out/a.txt",
         ),
+        (("transcribe", "a.wav", "b.wav", "-c", ".", "-f", "srt"), 2, "need a file each: give --output-dir"),
         (("eval", "nowhere", "-c", ".", "--language", "klingon"), 1, "language must be a code like en, zh or yue"),
         (("eval", "nowhere", "-c", "."), 1, "nowhere"),
         (("inspect", "nowhere"), 1, "no checkpoint of an aligner"),
