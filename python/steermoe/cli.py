@@ -105,7 +105,7 @@ def demo(
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="a YAML file, or the name of a configuration that comes with the package")],
+    config: Annotated[str, typer.Argument(help="a YAML file, or the name of one in the package: reference explains every key")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as in training.max_steps=100")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest sound checkpoint of training.output_dir")] = False,
     resume_from: Annotated[Path | None, typer.Option(help="go on from this checkpoint")] = None,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from steermoe.training_config import SHIPPED, TrainingConfig, load_config, shipped_configs
+from steermoe.training_config import CONFIG_FOLDER, TrainingConfig, load_config, shipped_configs
 
 PLAIN: dict[str, dict[str, Any]] = {
     "model": {"audio_model": "a", "text_model": "b"},
@@ -176,11 +178,23 @@ def test_shipped_configurations_are_read_by_name(name: str) -> None:
     assert TrainingConfig.from_dict(config.to_dict()) == config
 
 
+def test_the_reference_explains_every_key_and_gives_its_default() -> None:
+    text = (CONFIG_FOLDER / "reference.yaml").read_text(encoding="utf-8")
+    explained = set(re.findall(r"^  (\w+): \S+ +# \w", text, re.MULTILINE))
+    written, config = yaml.safe_load(text), load_config("reference")
+    for name in ("model", "data", "training"):
+        fields = dataclasses.fields(getattr(config, name))
+        assert list(written[name]) == [field.name for field in fields] and explained.issuperset(written[name])
+        for field in fields:
+            if field.default is not dataclasses.MISSING:
+                assert written[name][field.name] == field.default, field.name
+
+
 def test_what_is_shipped() -> None:
     assert {"demo", "whisper-large-v3_qwen2.5-7b", "conformer_qwen2.5-3b"} <= set(shipped_configs())
 
 
-@pytest.mark.parametrize("file", sorted((SHIPPED / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted((CONFIG_FOLDER / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
 def test_accelerate_reads_its_configurations(file: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -190,4 +204,4 @@ def test_accelerate_reads_its_configurations(file: Path) -> None:
 
 
 def test_all_three_ways_to_many_devices_are_shipped() -> None:
-    assert {file.stem for file in (SHIPPED / "accelerate").glob("*.yaml")} == {"ddp", "fsdp", "deepspeed_zero2"}
+    assert {file.stem for file in (CONFIG_FOLDER / "accelerate").glob("*.yaml")} == {"ddp", "fsdp", "deepspeed_zero2"}
