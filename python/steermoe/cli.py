@@ -298,8 +298,9 @@ def _load(checkpoint: Path, audio_model: str | None, text_model: str | None, dev
 
     from .model import SteerMoEForConditionalGeneration
     from .processor import SteerMoEProcessor
+    from .training_config import DTYPES
 
-    if dtype not in (None, "float32", "bfloat16", "float16"):
+    if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"must be float32, bfloat16 or float16, got {dtype!r}", param_hint="--dtype")
     model = SteerMoEForConditionalGeneration.from_pretrained(
         _folder(checkpoint),

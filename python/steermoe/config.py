@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Collection, Iterable
 from typing import Any
 
 from transformers import PretrainedConfig
 
-__all__ = ["AUDIO_TOKEN", "SteerMoEConfig", "check_arguments"]
+from .suggestions import did_you_mean, nearest
+
+__all__ = ["AUDIO_TOKEN", "PADDINGS", "POOLS", "SteerMoEConfig", "check_arguments", "check_audio_padding"]
 
 AUDIO_TOKEN = "<|audio|>"
-_POOLS = ("max", "mean", None)
-_PADDINGS = ("longest", "max_length")
+POOLS = ("max", "mean", None)
+PADDINGS = ("longest", "max_length")
 
 
 class SteerMoEConfig(PretrainedConfig):
@@ -52,15 +53,16 @@ class SteerMoEConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         for name in kwargs:
-            if close := difflib.get_close_matches(name, self.field_names(), n=1, cutoff=0.85):
-                raise TypeError(f"SteerMoEConfig has no field {name!r} (did you mean {close[0]!r}?)")
+            # Any other name is kept, so only what can hardly be one is refused.
+            if nearest(name, self.field_names(), alike=0.85):
+                raise TypeError(f"SteerMoEConfig has no field {name!r}{did_you_mean(name, self.field_names())}")
         _check_number("num_experts", num_experts, whole=True)
         if top_k is not None:
             _check_number("top_k", top_k, whole=True)
         _check_number("steering_scale", steering_scale)
         if not isinstance(renormalize, bool):
             raise ValueError(f"renormalize must be true or false, got {renormalize!r}")
-        if pool not in _POOLS:
+        if pool not in POOLS:
             raise ValueError(f"pool must be 'max', 'mean' or None, got {pool!r}")
         if not isinstance(pool_size, int) or pool_size < 1:
             raise ValueError(f"pool_size must be a whole number of at least 1, got {pool_size!r}")
@@ -95,8 +97,7 @@ def check_arguments(function: str, given: Iterable[str], known: Collection[str])
     """TypeError, naming the first of ``given`` that is not ``known`` and the nearest that is, as Python itself would."""
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise TypeError(f"{function} has no argument {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}")
+            raise TypeError(f"{function} has no argument {name!r}{did_you_mean(name, known)}")
 
 
 def _check_number(name: str, value: Any, *, whole: bool = False) -> None:
@@ -107,5 +108,5 @@ def _check_number(name: str, value: Any, *, whole: bool = False) -> None:
 
 def check_audio_padding(audio_padding: str) -> None:
     """ValueError for an ``audio_padding`` that does not exist."""
-    if audio_padding not in _PADDINGS:
+    if audio_padding not in PADDINGS:
         raise ValueError(f"audio_padding must be 'longest' or 'max_length', got {audio_padding!r}")

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .checkpoints import SEAL, verify
-from .statistics import RouterStatistics, read_statistics
-from .trainer import STATISTICS_NAME, WEIGHTS_NAME
+from .run_checkpoints import SEAL, verify
+from .saved_model import CONFIG_NAME, WEIGHTS_NAME
+from .statistics import STATISTICS_NAME, RouterStatistics, read_statistics
 
 __all__ = ["Inspection", "inspect"]
 
@@ -124,7 +124,7 @@ def inspect(checkpoint: str | os.PathLike[str]) -> Inspection:
 
 def _backbones(folder: Path) -> dict[str, str]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return {what: str(config[key]) for what, key in (("audio encoder", "audio_model"), ("language model", "text_model")) if config.get(key)}

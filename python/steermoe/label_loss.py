@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["chunked_cross_entropy"]
+__all__ = ["IGNORED", "chunked_cross_entropy"]
 
+# The label of a token that is not to be learnt.
+IGNORED = -100
 # Logits of a chunk, in elements: 64 MiB in float32, which is 110 tokens of a vocabulary of 152,000 and keeps a matrix product busy.
 CHUNK_ELEMENTS = 1 << 24
 

@@ -16,17 +16,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from steermoe_kernels import FusedSteerMoE, steer_encoder
 
-from . import checkpoint_folder
+from . import saved_model
 from .audio_frames import FrameCounts
-from .checkpoints import CheckpointError
 from .config import SteerMoEConfig, check_arguments
 from .fingerprint import Fingerprint
-from .label_loss import chunked_cross_entropy
+from .label_loss import IGNORED, chunked_cross_entropy
 from .loading import Backbone, cast, freeze, load_encoder, load_language_model, load_tokenizer
+from .run_checkpoints import CheckpointError
 
 __all__ = ["SteerMoEForConditionalGeneration", "SteerMoEOutput"]
-
-IGNORED = -100  # a label that is none
 
 # What transformers' AutoModel and pipelines pass along, or their users do out of habit, and which changes nothing here.
 _AUTO_ARGUMENTS = {"_commit_hash", "_from_auto", "_from_pipeline", "adapter_kwargs", "code_revision", "trust_remote_code"}
@@ -425,13 +423,13 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Write the trained weights, the model's and generation's configs, the backbones' fingerprints and a model card.
 
-        As `checkpoint_folder.write` does. ``state_dict``: gathered weights of this model, where they are sharded. ``push_to_hub`` and what
+        As `saved_model.write` does. ``state_dict``: gathered weights of this model, where they are sharded. ``push_to_hub`` and what
         it takes are transformers'.
         """
         if not is_main_process:
             return
         weights = _aligner_part(state_dict) if state_dict is not None else self.aligner.state_dict()
-        checkpoint_folder.write(save_directory, self.config, weights, self.fingerprints, self.generation_config)
+        saved_model.write(save_directory, self.config, weights, self.fingerprints, self.generation_config)
         if push_to_hub:
             wanted = ("commit_message", "private", "token", "revision", "create_pr", "tags")
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
@@ -468,10 +466,10 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         own = [
             name for name in inspect.signature(cls.from_pretrained).parameters if name not in ("pretrained_model_name_or_path", "kwargs")
         ]
-        check_arguments("from_pretrained", kwargs.keys() - _AUTO_ARGUMENTS, [*own, *checkpoint_folder.HUB_ARGUMENTS])
+        check_arguments("from_pretrained", kwargs.keys() - _AUTO_ARGUMENTS, [*own, *saved_model.HUB_ARGUMENTS])
         if dtype is None:
             dtype = torch_dtype
-        saved = checkpoint_folder.read(pretrained_model_name_or_path, revision=revision, **kwargs)
+        saved = saved_model.read(pretrained_model_name_or_path, revision=revision, **kwargs)
         settings = saved.config if config is None else config
         if backend is not None:
             settings.backend = backend

@@ -14,16 +14,16 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from .audio_frames import FrameCounts
-from .checkpoint_folder import CONFIG_NAME, PROCESSOR_NAME, check_seal, drop_stale_seal
-from .checkpoints import CheckpointError
 from .config import AUDIO_TOKEN, check_audio_padding
 from .data.audio import LOUDEST_PEAK, wrong_scale
 from .data.corpus import lone_surrogate
+from .label_loss import IGNORED
 from .loading import BackboneError, first_line, load_encoder_config, load_feature_extractor, load_tokenizer, with_audio_token
+from .run_checkpoints import CheckpointError
+from .saved_model import CONFIG_NAME, PROCESSOR_NAME, check_seal, drop_stale_seal
 
 __all__ = ["SteerMoEProcessor"]
 
-IGNORED = -100
 # Encoders without a limit of their own are trained on clips of about this length.
 UNLIMITED_SECONDS = 30.0
 # Less audio gives no filterbank frame that could be normalised; it is filled up with silence.

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["RouterCounts", "RouterStatistics", "append_statistics", "drop_statistics_after", "read_statistics"]
+__all__ = ["STATISTICS_NAME", "RouterCounts", "RouterStatistics", "append_statistics", "drop_statistics_after", "read_statistics"]
+
+STATISTICS_NAME = "router_statistics.jsonl"  # in a run's folder
 
 
 @dataclass(frozen=True)

@@ -22,24 +22,21 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 
-from .checkpoint_folder import read_weights
-from .checkpoints import CheckpointError, checkpoints_in, remove_old, seal, staging_folder
 from .data import Corpus, LengthBucketSampler
 from .error_rates import word_errors
 from .evaluation import Evaluation, evaluate, exact_match
 from .router_losses import load_balancing_loss, record_router_logits, router_z_loss, valid_logits
-from .statistics import RouterCounts, append_statistics, drop_statistics_after
+from .run_checkpoints import CheckpointError, checkpoints_in, remove_old, seal, staging_folder
+from .saved_model import WEIGHTS_NAME, read_weights
+from .statistics import STATISTICS_NAME, RouterCounts, append_statistics, drop_statistics_after
 from .training_arguments import score_of, scores, training_arguments
 from .training_callbacks import DeafToSignals, EarlyStopping, Interruption, ProgressBar
-from .training_config import TrainingConfig
+from .training_config import TRAINING_CONFIG_NAME, TrainingConfig
 
 __all__ = ["GROUPS", "AlignerTrainer", "parameter_groups"]
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "training_config.yaml"
-STATISTICS_NAME = "router_statistics.jsonl"
 LOSS_STATE_NAME = "loss_state"
 ROWS_NAME = "training_rows.json"
 # The last part of the names of the aligner's parameters, by group.
@@ -432,7 +429,7 @@ class AlignerTrainer(Trainer):
             folder = Path(output_dir or self.run)
             self._bare.save_pretrained(folder, state_dict={f"encoder.steering.{name}": value for name, value in weights.items()})
             self.processor.save_pretrained(folder)
-            self.config.save(folder / CONFIG_NAME)
+            self.config.save(folder / TRAINING_CONFIG_NAME)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """transformers' own would save the frozen weights along, where these are sharded or in DeepSpeed's hands."""

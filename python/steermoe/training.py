@@ -17,16 +17,16 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import TrainerCallback
 
-from .checkpoint_folder import read
-from .checkpoints import CheckpointError, checkpoints_in, locked, newest_sound, remove_unfinished, step_of, verify
 from .data import BadRowLog, Collator, Corpus, Problem, load
 from .error_rates import word_errors
 from .evaluation import Evaluation
 from .model import SteerMoEForConditionalGeneration
 from .processor import SteerMoEProcessor
-from .trainer import CONFIG_NAME, LOSS_STATE_NAME, ROWS_NAME, AlignerTrainer
+from .run_checkpoints import CheckpointError, checkpoints_in, locked, newest_sound, remove_unfinished, step_of, verify
+from .saved_model import read
+from .trainer import LOSS_STATE_NAME, ROWS_NAME, AlignerTrainer
 from .training_arguments import runs_on_cpu
-from .training_config import ModelConfig, TrainingConfig, load_config
+from .training_config import TRAINING_CONFIG_NAME, ModelConfig, TrainingConfig, load_config
 
 __all__ = ["TrainingResult", "build", "train"]
 
@@ -132,7 +132,7 @@ def _train(
         _check_backbones(model, checkpoint)
     if state.is_main_process:
         remove_unfinished(run)
-        config.save(run / CONFIG_NAME)
+        config.save(run / TRAINING_CONFIG_NAME)
     state.wait_for_everyone()
     data = config.data
     collator = Collator(processor, prompt=data.prompt, bad_rows=log, fallback=train_corpus, max_seconds=data.max_seconds)
@@ -207,7 +207,7 @@ def _checkpoint_to_resume(run: Path, resume: bool | str | os.PathLike[str] | Non
 
 
 def _check_resumable(config: TrainingConfig, checkpoint: Path, processes: int) -> None:
-    saved = load_config(checkpoint / CONFIG_NAME)
+    saved = load_config(checkpoint / TRAINING_CONFIG_NAME)
     changed = {key: values for key, values in config.differences(saved).items() if key not in RESUMABLE}
     if changed:
         listed = "".join(f"\n  {key}: {theirs!r} then, {mine!r} now" for key, (mine, theirs) in changed.items())
@@ -330,7 +330,7 @@ def _report(trainer: AlignerTrainer, checkpoint: Path | None, bad_rows: list[Pro
         together = f" (in {trainer.args.world_size} processes, as it was started)" if trainer.args.world_size > 1 else ""
         console.print(
             f"stopped after step {state.global_step} of {state.max_steps}, saved in {run / last}\n"
-            f"go on with: steermoe train {shlex.quote(str(run / CONFIG_NAME))} --resume{together}",
+            f"go on with: steermoe train {shlex.quote(str(run / TRAINING_CONFIG_NAME))} --resume{together}",
             markup=False,
         )
         return

@@ -7,7 +7,6 @@ overridden one by one, ``training.max_steps=100``; the value is YAML too. ``conf
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import types
@@ -20,15 +19,16 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from transformers.trainer_utils import SchedulerType
 
+from .config import PADDINGS, POOLS
 from .error_rates import language_code
+from .evaluation import TASKS
+from .suggestions import did_you_mean
 
 __all__ = ["DataConfig", "ModelConfig", "TrainingConfig", "TrainingSection", "load_config", "shipped_configs"]
 
+TRAINING_CONFIG_NAME = "training_config.yaml"  # in a run's folder and its checkpoints
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 DTYPES = ("float32", "bfloat16", "float16")
-POOLS = ("max", "mean")
-PADDINGS = ("longest", "max_length")
-TASKS = ("transcription", "question")
 LARGEST_SEED = 2**32 - 1  # NumPy's
 # Schedules that need nothing but the number of steps and of warm-up steps.
 SCHEDULES = tuple(
@@ -68,7 +68,7 @@ class ModelConfig:
             self.top_k is None or self.top_k <= self.num_experts, "model.top_k", f"at most num_experts ({self.num_experts})", self.top_k
         )
         _finite("model.steering_scale", self.steering_scale)
-        _one_of("model.pool", self.pool, (*POOLS, None))
+        _one_of("model.pool", self.pool, POOLS)
         _one_of("model.audio_padding", self.audio_padding, PADDINGS)
         _one_of("model.dtype", self.dtype, DTYPES)
 
@@ -193,7 +193,7 @@ class TrainingConfig:
         for name, section in sections.items():
             if name not in known:
                 where = [key for key, kind in known.items() if name in _fields(kind)]
-                hint = f" (it belongs into the section {where[0]!r})" if where else _nearest(name, known)
+                hint = f" (it belongs into the section {where[0]!r})" if where else did_you_mean(name, known)
                 raise ValueError(f"unknown section {name!r}; a configuration has {', '.join(known)}{hint}")
             if not isinstance(section, Mapping):
                 raise ValueError(f"{name} must be a section with keys of its own, got {section!r}")
@@ -308,7 +308,7 @@ def _section(kind: type[Section], name: str, values: Mapping[str, Any]) -> Secti
     known = _fields(kind)
     for key in values:
         if key not in known:
-            raise ValueError(f"unknown key {name}.{key}{_nearest(key, known)}; {name} has {', '.join(known)}")
+            raise ValueError(f"unknown key {name}.{key}{did_you_mean(key, known)}; {name} has {', '.join(known)}")
     missing = [key for key, described in known.items() if key not in values and described.default is dataclasses.MISSING]
     if missing:
         raise ValueError(f"missing {', '.join(f'{name}.{key}' for key in missing)}")
@@ -384,11 +384,6 @@ def _finite(key: str, value: float) -> None:
 
 def _shown(value: Any) -> str:
     return "null" if value is None else f"{value!r} ({type(value).__name__})"
-
-
-def _nearest(name: Any, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.4)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _plain(value: Any) -> Any:

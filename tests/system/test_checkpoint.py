@@ -20,9 +20,9 @@ from safetensors import safe_open
 from tiny_models import ALL_CLIPS, MIXED, build
 from torch import nn
 
-from steermoe import SteerMoEForConditionalGeneration, SteerMoEProcessor, checkpoint_folder
-from steermoe.checkpoints import SEAL, CheckpointError, seal, staging_folder
+from steermoe import SteerMoEForConditionalGeneration, SteerMoEProcessor, saved_model
 from steermoe.loading import BackboneError
+from steermoe.run_checkpoints import SEAL, CheckpointError, seal, staging_folder
 from steermoe_kernels import FusedSteerMoE
 
 Model = tuple[Any, Any]
@@ -341,7 +341,7 @@ def test_saving_into_the_folder_one_is_in(made: Model, tmp_path: Path, monkeypat
         made[0].save_pretrained("config.json")
 
 
-@pytest.mark.parametrize("failing", ["save_file", "model_card", "_to_disk"])
+@pytest.mark.parametrize("failing", ["save_file", "model_card", "to_disk"])
 def test_a_save_that_fails_leaves_the_previous_model(failing: str, made: Model, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk while the weights, the card, or anything is written."""
     before, (model, _) = mark(saved), made
@@ -351,7 +351,7 @@ def test_a_save_that_fails_leaves_the_previous_model(failing: str, made: Model, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_folder, failing, full)
+        patch.setattr(saved_model, failing, full)
         marked(model, before + 1)
         with pytest.raises(OSError, match="No space left"):
             model.save_pretrained(saved)
@@ -380,14 +380,14 @@ def test_a_rename_that_fails_leaves_the_previous_model(calls: int, made: Model, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["os.rename", "os.fsync", "checkpoint_folder.save_file"])
+@pytest.mark.parametrize("moment", ["os.rename", "os.fsync", "saved_model.save_file"])
 def test_a_process_killed_while_saving_leaves_the_previous_model(moment: str, saved: Path) -> None:
     """Killed at each call of the operation in turn, the first, the second, ...: what is loaded afterwards is one model or the other."""
     before = mark(saved)
     script = textwrap.dedent(
         f"""
         import os, signal, sys, torch
-        from steermoe import SteerMoEForConditionalGeneration, checkpoint_folder
+        from steermoe import SteerMoEForConditionalGeneration, saved_model
         folder, calls = sys.argv[1:]
         model = SteerMoEForConditionalGeneration.from_pretrained(folder)
         with torch.no_grad():
@@ -404,7 +404,7 @@ def test_a_process_killed_while_saving_leaves_the_previous_model(moment: str, sa
                 model.save_pretrained(folder)
                 os._exit(0)
             os.wait()
-            print(checkpoint_folder.read(folder).weights["layer_scales"][0].item())
+            print(saved_model.read(folder).weights["layer_scales"][0].item())
         """
     )
     run = subprocess.run(

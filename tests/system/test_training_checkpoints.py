@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from steermoe import checkpoints
-from steermoe.checkpoints import (
+from steermoe.run_checkpoints import (
     SEAL,
     CheckpointError,
     checkpoints_in,
@@ -18,6 +17,7 @@ from steermoe.checkpoints import (
     remove_unfinished,
     seal,
     staging_folder,
+    step_of,
     verify,
 )
 
@@ -41,7 +41,7 @@ def test_steps_are_ordered_by_number(tmp_path: Path) -> None:
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-3", "checkpoint-20", "checkpoint-1000"]
     assert newest_sound(tmp_path) == (tmp_path / "checkpoint-1000", [])
     with pytest.raises(ValueError, match="a folder called checkpoint-STEP"):
-        checkpoints.step_of(tmp_path / "checkpoint-x")
+        step_of(tmp_path / "checkpoint-x")
 
 
 @pytest.mark.parametrize(

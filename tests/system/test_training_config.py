@@ -68,9 +68,9 @@ def test_what_is_saved_is_read_again(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.max_step=1", r"unknown key training\.max_step \(did you mean max_steps\?\)"),
+        ("training.max_step=1", r"unknown key training\.max_step \(did you mean 'max_steps'\?\)"),
         ("training.lr=1", r"unknown key training\.lr; training has output_dir, epochs"),
-        ("modell.pool=max", r"unknown section 'modell'; a configuration has model, data, training \(did you mean model\?\)"),
+        ("modell.pool=max", r"unknown section 'modell'; a configuration has model, data, training \(did you mean 'model'\?\)"),
         ("max_steps=1", r"must be like training\.max_steps=100, got 'max_steps=1'"),
         ("training.max_steps", r"must be like training\.max_steps=100"),
         ("training.max_steps=many", r"training\.max_steps must be a whole number or null, got 'many' \(str\)"),

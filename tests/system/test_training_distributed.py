@@ -16,8 +16,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from training_runs import Spy, configuration, corpus
 
-from steermoe.checkpoint_folder import WEIGHTS_NAME
-from steermoe.checkpoints import CheckpointError, verify
+from steermoe.run_checkpoints import CheckpointError, verify
+from steermoe.saved_model import WEIGHTS_NAME
 from steermoe.training import TrainingResult, train
 from steermoe.training_config import TrainingConfig
 

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from training_runs import configuration, corpus, curve
 from transformers import TrainerCallback
 
-from steermoe.checkpoint_folder import WEIGHTS_NAME
-from steermoe.checkpoints import CheckpointError, checkpoints_in, locked, verify
-from steermoe.trainer import CONFIG_NAME, STATISTICS_NAME, AlignerTrainer
+from steermoe.run_checkpoints import CheckpointError, checkpoints_in, locked, verify
+from steermoe.saved_model import WEIGHTS_NAME
+from steermoe.statistics import STATISTICS_NAME
+from steermoe.trainer import AlignerTrainer
 from steermoe.training import TrainingResult, train
-from steermoe.training_config import TrainingConfig
+from steermoe.training_config import TRAINING_CONFIG_NAME, TrainingConfig
 
 # Seven clips by two: the epochs' last batch is short, and an accumulated step may have fewer passes.
 CLIPS = 7
@@ -146,7 +147,7 @@ def test_resumed_into_another_folder(
 def test_a_finished_run_is_not_trained_on(whole: dict[int, TrainingResult], capsys: pytest.CaptureFixture[str]) -> None:
     run = whole[1].last_checkpoint.parent
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "checkpoint-" in str(path)}
-    again = train(run / CONFIG_NAME, resume=True)
+    again = train(run / TRAINING_CONFIG_NAME, resume=True)
     assert again.steps == whole[1].steps and again.checkpoint == whole[1].checkpoint and not again.interrupted
     assert curve(again.history) == curve(whole[1].history)
     for name, weights in again.model.trained_parameters().items():

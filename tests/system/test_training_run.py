@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 from training_runs import Spy, configuration, corpus, curve
 
-from steermoe.checkpoints import verify
 from steermoe.data import TooManyBadRows
-from steermoe.statistics import read_statistics
-from steermoe.trainer import CONFIG_NAME, GROUPS, STATISTICS_NAME, parameter_groups
+from steermoe.run_checkpoints import verify
+from steermoe.statistics import STATISTICS_NAME, read_statistics
+from steermoe.trainer import GROUPS, parameter_groups
 from steermoe.training import build, train
 from steermoe.training_arguments import score_of, training_arguments
+from steermoe.training_config import TRAINING_CONFIG_NAME
 from steermoe_kernels import reference
 from steermoe_kernels.encoders import describe_encoder
 
@@ -270,7 +271,7 @@ def test_early_stopping(backbones: Backbones, clips: Path, tmp_path: Path) -> No
     result = train(configuration(backbones, clips, tmp_path, eval=clips, max_steps=20, eval_steps=1, early_stopping_patience=2, **rates))
     assert result.steps == 3 and result.checkpoint.name == "checkpoint-1" and not result.interrupted
     verify(result.last_checkpoint)
-    again = train(tmp_path / CONFIG_NAME, resume=True)  # it is over, and stays so
+    again = train(tmp_path / TRAINING_CONFIG_NAME, resume=True)  # it is over, and stays so
     assert again.steps == 3 and again.checkpoint == result.checkpoint
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..demo.phrases import Phrase
+from ..label_loss import IGNORED
 from . import chat_tasks
 from .soft_prompts import frame_weights, letter_rows, soften, sounded_rows, sounds
 from .tokenizer import ASSISTANT, END, LETTERS, USER
 
-IGNORED = -100
 WRITTEN, BLENDED, CODED_LETTERS, CODED_SOUNDS = "written", "blended", "coded letters", "coded sounds"
 """How a content reaches the model: as tokens, as mixed embeddings, or through a simulated encoder that codes letters or sounds."""
 

@@ -33,6 +33,7 @@ from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 
 from ..demo.phrases import LEXICON, sentences, split_of
 from ..demo.speech import HELD_OUT_VOICES, SAMPLING_RATE, TRAINING_VOICES, Utterance, Voice, augment, utter
+from ..label_loss import IGNORED
 from .accents import Accent
 
 CHARACTERS = " 'abcdefghijklmnopqrstuvwxyz"
@@ -118,7 +119,7 @@ class Clip(NamedTuple):
 class Batch(NamedTuple):
     features: Tensor  # (B, 80, T), zeros behind each clip
     frames: Tensor  # (B,) encoder frames
-    phonemes: Tensor  # (B, T / 2), -100 behind each clip
+    phonemes: Tensor  # (B, T / 2), IGNORED behind each clip
     spelt: Tensor  # the characters of all clips, one after another
     lengths: Tensor  # (B,) characters of each
 
@@ -207,7 +208,7 @@ def collate(chosen: list[Clip], extractor: WhisperFeatureExtractor, rng: random.
     return Batch(
         torch.stack([F.pad(mel, (0, longest - mel.shape[1])) for mel in mels]),
         torch.tensor([len(label) for label in labels]),
-        torch.stack([F.pad(label, (0, longest // 2 - len(label)), value=-100) for label in labels]),
+        torch.stack([F.pad(label, (0, longest // 2 - len(label)), value=IGNORED) for label in labels]),
         torch.cat(spelt),
         torch.tensor([len(characters) for characters in spelt]),
     )
@@ -255,8 +256,8 @@ def _frame_labels(utterance: Utterance, before: int, frames: int) -> Tensor:
 
 def loss_of(encoder: Any, heads: Heads, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     early, last = encode(encoder, batch.features, batch.frames)
-    named = F.cross_entropy(heads.phonemes(last).float().mT, batch.phonemes, ignore_index=-100)
-    early_named = F.cross_entropy(heads.early_phonemes(early).float().mT, batch.phonemes, ignore_index=-100)
+    named = F.cross_entropy(heads.phonemes(last).float().mT, batch.phonemes, ignore_index=IGNORED)
+    early_named = F.cross_entropy(heads.early_phonemes(early).float().mT, batch.phonemes, ignore_index=IGNORED)
     log_probs = heads.spelling(last).float().log_softmax(-1).transpose(0, 1)
     ctc = F.ctc_loss(log_probs, batch.spelt, batch.frames, batch.lengths, blank=len(CHARACTERS), reduction="none", zero_infinity=True)
     heard = batch.lengths > 0

@@ -36,7 +36,6 @@ The module's name is the ``kind`` that a specification may give. What the kinds 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -50,6 +49,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
+from ..suggestions import did_you_mean
 from .audio import Audio, AudioError, load_audio, read_audio, split_at_quiet
 from .bucketing import LengthBucketSampler
 from .collator import TRANSCRIPTION_PROMPT, Collator
@@ -151,7 +151,7 @@ def _check_exists(path: Path) -> None:
 
 def _named(kind: str) -> ModuleType:
     if kind not in _kinds():
-        raise ValueError(f"kind must be one of {', '.join(sorted(_kinds()))}, got {kind!r}{_nearest(kind, _kinds())}")
+        raise ValueError(f"kind must be one of {', '.join(sorted(_kinds()))}, got {kind!r}{did_you_mean(kind, _kinds())}")
     return _kinds()[kind]
 
 
@@ -171,7 +171,7 @@ def _check_options(module: ModuleType, options: Mapping[str, Any]) -> None:
         if name not in known:
             every = sorted([*known, "kind", "path", "prompt", "first"])
             kind = module.__name__.rpartition(".")[2]
-            raise ValueError(f"a corpus of kind {kind} has no option {name!r}; it has {', '.join(every)}{_nearest(name, every)}")
+            raise ValueError(f"a corpus of kind {kind} has no option {name!r}; it has {', '.join(every)}{did_you_mean(name, every)}")
         _check_type(name, value, hints.get(name, Any))
 
 
@@ -185,8 +185,3 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in choices):
         wanted = " or ".join(_PLAIN[choice][0] for choice in choices if choice is not type(None))
         raise TypeError(f"a corpus's {name} must be {wanted}, got {value!r}")
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -19,9 +19,10 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from ..config import AUDIO_TOKEN
 from . import Specification, load
 from .audio import AudioError, Loudness, blocks_of, duration_of, split_at_quiet
-from .collator import AUDIO_TOKEN, chat, text_fault
+from .collator import chat, text_fault
 from .corpus import Example, Problem
 
 # Declared and real durations may differ by this much, or by this share, before the row is named.

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..config import AUDIO_TOKEN
 from .audio import AudioError, Loudness, read_audio, split_at_quiet
 from .corpus import BadRowLog, Example, lone_surrogate
 
 TRANSCRIPTION_PROMPT = "Transcribe the speech."
-AUDIO_TOKEN = "<|audio|>"
 
 
 class Collator:

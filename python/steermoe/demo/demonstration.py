@@ -29,10 +29,9 @@ from ..backbones import encoder_path, language_model_path
 from ..data import Collator, load
 from ..evaluation import Evaluation, evaluate
 from ..preservation import verify
-from ..statistics import RouterStatistics, read_statistics
-from ..trainer import STATISTICS_NAME
+from ..statistics import STATISTICS_NAME, RouterStatistics, read_statistics
 from ..training import build, train
-from ..training_config import DataConfig, ModelConfig, TrainingConfig, TrainingSection
+from ..training_config import LARGEST_SEED, DataConfig, ModelConfig, TrainingConfig, TrainingSection
 from ..transcription import ask
 from .phrases import Phrase, phrases
 from .report import write_numbers, write_report
@@ -44,7 +43,6 @@ PROMPT = "transcribe the audio."
 TRAINING_CLIPS, SENTENCES_A_VOICE, BATCH = 1600, 12, 16
 FEWEST_STEPS, MOST_STEPS = 40, 600
 LONGEST_ANSWER = 64  # tokens, which are characters: the longest sentence has fewer
-LARGEST_SEED = 2**32 - 1  # NumPy's
 # What a run replaces of an earlier one; the marker, written before anything else, tells such a folder from one of the user's.
 REPLACED = ("training", "held-out", "steered", "projection-only")
 MARKER = "made-by-steermoe-demo.txt"

@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import cached_file
 
-from .checkpoints import SEAL, CheckpointError
 from .config import SteerMoEConfig
 from .fingerprint import Fingerprint
 from .model_card import model_card
+from .run_checkpoints import SEAL, CheckpointError, to_disk
 
 __all__ = ["SavedModel", "check_seal", "drop_stale_seal", "read", "read_weights", "write"]
 
@@ -71,7 +71,7 @@ def write(
             # Without transformers' own checks, which refuse settings that it only warns of when they are used.
             generation_config.to_json_file(staging / GENERATION_NAME)
         for path in [*staging.iterdir(), staging]:
-            _to_disk(path)
+            to_disk(path)
         _put_in_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -190,7 +190,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
         for name in (CARD_NAME, GENERATION_NAME, FINGERPRINTS_NAME, CONFIG_NAME, WEIGHTS_NAME):
             if (staging / name).exists():
                 os.replace(staging / name, target / name)
-        _to_disk(target)
+        to_disk(target)
     else:
         for path in target.iterdir():
             if not (staging / path.name).exists():
@@ -204,7 +204,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
             os.rename(aside, target)
             raise
         shutil.rmtree(aside, ignore_errors=True)
-    _to_disk(target.parent)
+    to_disk(target.parent)
 
 
 def _aside(target: Path) -> Path:
@@ -268,11 +268,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Checkpoint folders that are whole or not there: written aside, sealed, renamed, and checked before they are read.
+"""The checkpoints of a training run, folders that are whole or not there: written aside, sealed, renamed, and checked before they are read.
 
 A checkpoint is a folder ``checkpoint-STEP`` in the run's folder. It is written as ``unfinished-checkpoint-STEP``; `seal` then records every
 file's size and SHA-256 in `SEAL`, forces all of it to the disk, and renames the folder. Whatever happens before the rename, the
@@ -27,6 +27,7 @@ __all__ = [
     "seal",
     "staging_folder",
     "step_of",
+    "to_disk",
     "verify",
 ]
 
@@ -66,7 +67,7 @@ def seal(checkpoint: Path) -> None:
     entries = {str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
     (staging / SEAL).write_text(json.dumps({"step": step_of(checkpoint), "files": entries}, indent=1), encoding="utf-8")
     for path in [*files, staging / SEAL, *{path.parent for path in files}, staging]:
-        _to_disk(path)
+        to_disk(path)
     aside = checkpoint.with_name(REPLACED + checkpoint.name)
     if checkpoint.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -77,7 +78,7 @@ def seal(checkpoint: Path) -> None:
         if aside.exists():
             os.rename(aside, checkpoint)
         raise
-    _to_disk(checkpoint.parent)
+    to_disk(checkpoint.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -173,7 +174,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Flush a file or folder to the disk: a full one must show before the rename, not after."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
