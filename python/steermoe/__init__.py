@@ -15,11 +15,12 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from None
 
+from .audio_frames import FrameCounts
 from .config import SteerMoEConfig
 from .model import SteerMoEForConditionalGeneration, SteerMoEOutput
 from .processor import SteerMoEProcessor
 
-__all__ = ["SteerMoEConfig", "SteerMoEForConditionalGeneration", "SteerMoEOutput", "SteerMoEProcessor"]
+__all__ = ["FrameCounts", "SteerMoEConfig", "SteerMoEForConditionalGeneration", "SteerMoEOutput", "SteerMoEProcessor"]
 
 AutoConfig.register(SteerMoEConfig.model_type, SteerMoEConfig, exist_ok=True)
 AutoModel.register(SteerMoEConfig, SteerMoEForConditionalGeneration, exist_ok=True)

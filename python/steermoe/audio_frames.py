@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ __all__ = ["FrameCounts"]
 
 Count = TypeVar("Count", int, Tensor)
 
+LAYOUTS = ("mel", "waveform", "filterbank")
 # Families of transformers that read the waveform through unpadded convolutions, listed in their config, and keep the number of frames
 # from there on.
 _WAVEFORM = ("wav2vec2", "wav2vec2-conformer", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio")
@@ -21,8 +23,8 @@ class FrameCounts:
     """The arithmetic of one encoder.
 
     ``layout`` says what it reads: "mel" (clips, bins, frames), "waveform" (clips, samples), "filterbank" (clips, frames, bins). The
-    convolutions from there to its layers have ``kernels``, ``strides`` and ``paddings``. ``longest`` is its longest input in feature
-    frames, None without a limit.
+    convolutions from there to its layers have ``kernels``, ``strides`` and ``paddings``, in order; no paddings are zeros. ``longest`` is
+    its longest input in feature frames, None without a limit. ValueError for another layout, and for numbers that fit no convolution.
     """
 
     layout: str
@@ -31,9 +33,26 @@ class FrameCounts:
     paddings: tuple[int, ...] = ()
     longest: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        if not self.paddings:
+            object.__setattr__(self, "paddings", (0,) * len(self.kernels))
+        for name, least in (("kernels", 1), ("strides", 1), ("paddings", 0)):
+            given = getattr(self, name)
+            if len(given) != len(self.kernels) or not all(type(number) is int and number >= least for number in given):
+                raise ValueError(
+                    f"{name} must hold a whole number of at least {least} for each of {len(self.kernels)} kernels, got {given}"
+                )
+
     @classmethod
     def of(cls, source: Any) -> FrameCounts:
-        """Of an encoder, its config, or an openai-whisper ``ModelDimensions``. ValueError for an encoder whose counts are not known."""
+        """Of an encoder, its config, or an openai-whisper ``ModelDimensions``. ValueError for one of a family that is not known here.
+
+        An encoder of any other family comes with its counts, ``from_backbones(..., frame_counts=FrameCounts(...))``: transformers' own
+        arithmetic (``_get_feat_extract_output_lengths``) does not say what a model reads nor the shortest clip, and for some takes numbers
+        only.
+        """
         if hasattr(source, "n_audio_ctx"):
             return cls._whisper(source.n_audio_ctx)
         if hasattr(source, "dims"):  # openai-whisper's Whisper
@@ -50,11 +69,15 @@ class FrameCounts:
             )
         if kind in _WAVEFORM:
             kernels, strides = tuple(config.conv_kernel), tuple(config.conv_stride)
-            return cls("waveform", kernels, strides, (0,) * len(kernels))
+            return cls("waveform", kernels, strides)
         if kind == "wav2vec2-bert":
             return cls("filterbank")
         known = ", ".join(("whisper", *_WAVEFORM, "wav2vec2-bert"))
-        raise ValueError(f"the number of frames that a {kind} encoder puts out is not known; known are {known}")
+        raise ValueError(
+            f"the number of frames that a {kind} encoder puts out is not known; known are {known}: give frame_counts, a "
+            "steermoe.FrameCounts of its layout and its convolutions' kernels, strides and paddings, to from_backbones of model and "
+            "processor, or as model.frame_counts in a configuration"
+        )
 
     @classmethod
     def _whisper(cls, positions: int) -> FrameCounts:
@@ -100,6 +123,7 @@ class FrameCounts:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> FrameCounts:
+    def from_dict(cls, saved: Mapping[str, Any]) -> FrameCounts:
+        """What `to_dict` gave, or a mapping like it. TypeError for a key that is none of the fields, ValueError as above."""
         fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
         return cls(**fields)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from .audio_frames import FrameCounts
 from .suggestions import did_you_mean, nearest
 
-__all__ = ["AUDIO_TOKEN", "PADDINGS", "POOLS", "SteerMoEConfig", "check_arguments", "check_audio_padding"]
+__all__ = ["AUDIO_TOKEN", "PADDINGS", "POOLS", "SteerMoEConfig", "check_arguments", "check_audio_padding", "given_counts"]
 
 AUDIO_TOKEN = "<|audio|>"
 POOLS = ("max", "mean", None)
@@ -25,7 +26,8 @@ class SteerMoEConfig(PretrainedConfig):
     ``renormalize``, ``steering_scale`` and ``backend`` are `FusedSteerMoE`'s. The encoder's frames are pooled by ``pool`` ("max", "mean",
     or None with a size of 1) over ``pool_size`` frames. ``audio_token_id`` is the tokenizer's id of ``audio_token``. ``audio_padding``
     "longest" encodes a clip as long as it is, and "max_length" with silence up to the encoder's longest input, as Whisper was trained;
-    either way the language model reads the clip's own frames only. ValueError for values outside these, TypeError for a name that is
+    either way the language model reads the clip's own frames only. ``frame_counts`` (`FrameCounts`, or its ``to_dict()``) is for encoders
+    of families that `FrameCounts.of` does not know, None for others. ValueError for values outside these, TypeError for a name that is
     nearly one of these; any other name is transformers' or the user's, and kept.
     """
 
@@ -50,6 +52,7 @@ class SteerMoEConfig(PretrainedConfig):
         audio_token: str = AUDIO_TOKEN,
         audio_token_id: int | None = None,
         audio_padding: str = "longest",
+        frame_counts: FrameCounts | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         for name in kwargs:
@@ -85,6 +88,7 @@ class SteerMoEConfig(PretrainedConfig):
         self.audio_token = audio_token
         self.audio_token_id = audio_token_id
         self.audio_padding = audio_padding
+        self.frame_counts = None if frame_counts is None else given_counts(frame_counts).to_dict()
         super().__init__(**kwargs)
 
     @classmethod
@@ -104,6 +108,16 @@ def _check_number(name: str, value: Any, *, whole: bool = False) -> None:
     """ValueError for a field of a saved config, or an argument, that is no number: what reads it would not name it."""
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
+
+
+def given_counts(frame_counts: FrameCounts | Mapping[str, Any]) -> FrameCounts:
+    """``frame_counts`` as `FrameCounts`. ValueError, naming the argument, for a mapping that cannot be one."""
+    if isinstance(frame_counts, FrameCounts):
+        return frame_counts
+    try:
+        return FrameCounts.from_dict(frame_counts)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"frame_counts must be FrameCounts, or a mapping of their fields, got {frame_counts!r}: {error}") from None
 
 
 def check_audio_padding(audio_padding: str) -> None:

@@ -18,7 +18,7 @@ from steermoe_kernels import FusedSteerMoE, steer_encoder
 
 from . import saved_model
 from .audio_frames import FrameCounts
-from .config import SteerMoEConfig, check_arguments
+from .config import SteerMoEConfig, check_arguments, given_counts
 from .fingerprint import Fingerprint
 from .label_loss import IGNORED, chunked_cross_entropy
 from .loading import Backbone, cast, freeze, load_encoder, load_language_model, load_tokenizer
@@ -76,7 +76,7 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _join(self, audio: Backbone, text: Backbone) -> None:
         """Freeze the backbones and put a new aligner between them; record where they are from."""
         config, encoder, language_model = self.config, audio.module, text.module
-        self.frame_counts = FrameCounts.of(encoder)
+        self.frame_counts = FrameCounts.of(encoder) if config.frame_counts is None else given_counts(config.frame_counts)
         width = language_model.get_input_embeddings().weight.shape[1]
         if config.audio_token_id is None:
             raise ValueError("config.audio_token_id is None: give the tokenizer's id of the audio token")
@@ -125,7 +125,8 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         ``config`` holds fields of `SteerMoEConfig`. ``dtype`` (or ``torch_dtype``) is the backbones', float32 by default, "auto" for that
         of their files; the aligner is in float32 (float64 under a float64 encoder). A language model given as a module, and not from a hub
-        or folder, needs ``audio_token_id``, the processor's. BackboneError if a backbone cannot be had; ValueError for a wrong setting,
+        or folder, needs ``audio_token_id``, the processor's; an encoder of a family that `FrameCounts.of` does not know, ``frame_counts``,
+        which the processor needs, too. BackboneError if a backbone cannot be had; ValueError for a wrong setting,
         TypeError for one there is not.
         """
         fields = SteerMoEConfig.field_names()
@@ -223,8 +224,11 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @property
     def _masks_padding(self) -> bool:
-        """Whether the encoder takes clips of several lengths in one batch and gives for each what it gives for it alone."""
-        return self.frame_counts.layout == "mel" and hasattr(self.encoder, "config")
+        """Whether the encoder takes clips of several lengths in one batch and gives for each what it gives for it alone.
+
+        transformers' Whisper does, steered. What masks do in an encoder of another family is not known.
+        """
+        return self.config.frame_counts is None and self.frame_counts.layout == "mel" and hasattr(self.encoder, "config")
 
     def _encode_together(self, features: Tensor, lengths: Tensor, output_gates: bool) -> tuple[Tensor, dict[int, Tensor] | None]:
         mask = None
@@ -244,6 +248,10 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
             rows = (lengths == length).nonzero()[:, 0]
             with self.aligner.record_gates() if output_gates else nullcontext() as gates:
                 frames = _frames_of(self.encoder(features[rows].narrow(counts.time_dim, 0, length)))
+            if frames.shape[1] != (expected := int(counts.pooled(length, self.config.pool_size))):
+                raise ValueError(
+                    f"frame_counts give {expected} pooled frames for {length} feature frames, and the encoder puts out {frames.shape[1]}"
+                )
             parts.append(_filled_up(frames, pooled))
             gate_parts.append({layer: _filled_up(gate, total) for layer, gate in (gates or {}).items()})
             order.append(rows)

@@ -27,7 +27,7 @@ __all__ = ["Check", "Fingerprint", "Preservation", "verify"]
 _SEED = 20251013
 # Prompts that are compared: rows and tokens.
 _PROMPTS, _TOKENS = 2, 64
-_SECONDS_OF_WAVEFORM, _FILTERBANK_FRAMES = 1.0, 64
+_SECONDS_OF_WAVEFORM, _MEL_FRAMES, _FILTERBANK_FRAMES = 1.0, 100, 64
 _SHOWN = 5
 
 
@@ -223,8 +223,8 @@ def _features(counts: FrameCounts, encoder: Any) -> Tensor:
     """One clip of noise in the encoder's own kind of features."""
     generator = torch.Generator().manual_seed(_SEED)
     if counts.layout == "mel":
-        assert counts.longest is not None
-        return torch.randn(1, encoder.conv1.in_channels, counts.longest, generator=generator)
+        bins = encoder.conv1.in_channels if hasattr(encoder, "conv1") else encoder.config.num_mel_bins
+        return torch.randn(1, bins, counts.longest or _MEL_FRAMES, generator=generator)
     if counts.layout == "waveform":
         return torch.randn(1, int(16000 * _SECONDS_OF_WAVEFORM), generator=generator)
     return torch.randn(1, _FILTERBANK_FRAMES, encoder.config.feature_projection_input_dim, generator=generator)

@@ -14,7 +14,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from .audio_frames import FrameCounts
-from .config import AUDIO_TOKEN, check_audio_padding
+from .config import AUDIO_TOKEN, check_audio_padding, given_counts
 from .data.audio import LOUDEST_PEAK, wrong_scale
 from .data.corpus import lone_surrogate
 from .label_loss import IGNORED
@@ -59,7 +59,7 @@ class SteerMoEProcessor(ProcessorMixin):
         check_audio_padding(audio_padding)
         if not isinstance(pool_size, int) or pool_size < 1:
             raise ValueError(f"pool_size must be a whole number of at least 1, got {pool_size!r}")
-        counts = frame_counts if isinstance(frame_counts, FrameCounts) else FrameCounts.from_dict(dict(frame_counts))
+        counts = given_counts(frame_counts)
         if audio_padding == "max_length" and counts.longest is None:
             raise ValueError(f"audio_padding 'max_length' needs an encoder with a longest input, and one of {counts.layout}s has none")
         with_audio_token(tokenizer, audio_token)
@@ -82,11 +82,13 @@ class SteerMoEProcessor(ProcessorMixin):
         text_revision: str | None = None,
         feature_extractor: Any = None,
         tokenizer: Any = None,
+        frame_counts: FrameCounts | Mapping[str, Any] | None = None,
     ) -> SteerMoEProcessor:
         """The processor for a model of these backbones: hub ids, paths, or modules loaded from there.
 
-        ``feature_extractor`` and ``tokenizer`` stand in for the backbones' own, which modules of no known origin need. BackboneError where
-        one cannot be had or has no chat template.
+        ``feature_extractor`` and ``tokenizer`` stand in for the backbones' own, which modules of no known origin need; ``frame_counts`` for
+        those of `FrameCounts.of`, which encoders of families not known there need. BackboneError where a tokenizer or feature extractor
+        cannot be had or has no chat template.
         """
         if feature_extractor is None:
             feature_extractor = load_feature_extractor(_origin("audio_model", audio_model, "feature_extractor"), revision=audio_revision)
@@ -96,7 +98,7 @@ class SteerMoEProcessor(ProcessorMixin):
         return cls(
             feature_extractor,
             tokenizer,
-            _frame_counts(audio_model, audio_revision),
+            _frame_counts(audio_model, audio_revision) if frame_counts is None else frame_counts,
             pool_size=pool_size or 1,
             audio_padding=audio_padding,
             audio_token=audio_token,

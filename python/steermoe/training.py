@@ -176,6 +176,7 @@ def build(config: ModelConfig, *, seed: int = 0) -> tuple[Any, Any]:
         pool_size=config.pool_size,
         backend=config.backend,
         audio_padding=config.audio_padding,
+        frame_counts=config.frame_counts,
         dtype=getattr(torch, config.dtype),
     )
     processor = SteerMoEProcessor.from_backbones(
@@ -185,6 +186,7 @@ def build(config: ModelConfig, *, seed: int = 0) -> tuple[Any, Any]:
         text_revision=config.text_revision,
         pool_size=config.pool_size,
         audio_padding=config.audio_padding,
+        frame_counts=config.frame_counts,
     )
     return model, processor
 

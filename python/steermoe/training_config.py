@@ -19,7 +19,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from transformers.trainer_utils import SchedulerType
 
-from .config import PADDINGS, POOLS
+from .config import PADDINGS, POOLS, given_counts
 from .error_rates import language_code
 from .evaluation import TASKS
 from .suggestions import did_you_mean
@@ -43,7 +43,8 @@ class ModelConfig:
     """The backbones, by hub id or path, and the aligner between them.
 
     ``audio_model`` and ``text_model`` may also be ``shipped``: the small backbones inside this package. ``dtype`` is the backbones'; the
-    aligner is always float32. ``pool`` None hands every frame to the language model; ``top_k`` None routes densely.
+    aligner is always float32. ``pool`` None hands every frame to the language model; ``top_k`` None routes densely. ``frame_counts`` is a
+    mapping of `FrameCounts`' fields, for encoders of families that `FrameCounts.of` does not know.
     """
 
     audio_model: str
@@ -58,6 +59,7 @@ class ModelConfig:
     pool_size: int = 4
     backend: str = "auto"
     audio_padding: str = "longest"
+    frame_counts: Any = None
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -70,6 +72,11 @@ class ModelConfig:
         _finite("model.steering_scale", self.steering_scale)
         _one_of("model.pool", self.pool, POOLS)
         _one_of("model.audio_padding", self.audio_padding, PADDINGS)
+        if self.frame_counts is not None:
+            try:
+                given_counts(self.frame_counts)
+            except ValueError as error:
+                raise ValueError(f"model.{error}") from None
         _one_of("model.dtype", self.dtype, DTYPES)
 
 

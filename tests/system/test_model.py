@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from steermoe import SteerMoEConfig, SteerMoEForConditionalGeneration, SteerMoEProcessor
-from steermoe.audio_frames import FrameCounts
+from steermoe import FrameCounts, SteerMoEConfig, SteerMoEForConditionalGeneration, SteerMoEProcessor
 from steermoe.label_loss import chunked_cross_entropy
 from steermoe.loading import cast
+from steermoe.preservation import verify
 
 Folder = Callable[[str], Path]
 Model = tuple[Any, Any]
@@ -442,6 +442,55 @@ def test_whole_windows() -> None:
         FrameCounts.of(transformers.BertConfig())
     with pytest.raises(ValueError, match="add_adapter=False"):
         FrameCounts.of(transformers.Wav2Vec2Config(add_adapter=True))
+
+
+def test_an_encoder_of_another_family_comes_with_its_frame_counts(tmp_path: Path, tiny_language_model: Path) -> None:
+    """Through saving, loading and the proof of the backbones: nothing in the package names Moonshine."""
+    moonshine = pytest.importorskip("transformers.models.moonshine")
+    torch.manual_seed(0)
+    sizes = {"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 1, "encoder_num_attention_heads": 2}
+    sizes |= {"decoder_num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 40}
+    config = moonshine.MoonshineConfig(**sizes, initializer_range=0.2, pad_token_id=0)
+    moonshine.MoonshineModel(config).save_pretrained(tmp_path / "moonshine")
+    transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(tmp_path / "moonshine")
+    backbones = (tmp_path / "moonshine", tiny_language_model)
+    for kind in (SteerMoEForConditionalGeneration, SteerMoEProcessor):
+        with pytest.raises(ValueError, match=r"a moonshine encoder puts out is not known.*: give frame_counts, a steermoe\.Frame"):
+            kind.from_backbones(*backbones)  # type: ignore[attr-defined]
+    counts = FrameCounts("waveform", (127, 7, 3), (64, 3, 2))
+    processor = SteerMoEProcessor.from_backbones(*backbones, frame_counts=counts)
+    model = SteerMoEForConditionalGeneration.from_backbones(*backbones, num_experts=4, steering_scale=1.0, frame_counts=counts)
+    with torch.no_grad():
+        model.aligner.steering_vectors.normal_()
+        model.aligner.prompt_proj.weight.normal_()
+    check_batch_equals_single(model, processor)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "saved")
+    again = SteerMoEForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
+    batch = SteerMoEProcessor.from_pretrained(tmp_path / "saved")(MIXED, ALL_CLIPS)
+    assert again.frame_counts == counts and torch.equal(again(**batch).logits, model(**batch).logits)
+    result = verify(tmp_path / "saved")
+    assert result.passed, result.report()
+    wrong = FrameCounts("waveform", (127, 7, 3), (64, 3, 1)).to_dict()
+    model = SteerMoEForConditionalGeneration.from_backbones(*backbones, frame_counts=wrong)
+    with pytest.raises(ValueError, match=r"frame_counts give \d+ pooled frames for \d+ feature frames, and the encoder puts out \d+"):
+        model(**processor(MIXED, ALL_CLIPS))
+
+
+@pytest.mark.parametrize(
+    "counts, said",
+    [
+        ({"layout": "spectrum"}, "layout must be one of mel, waveform, filterbank, got 'spectrum'"),
+        ({"layout": "mel", "kernels": [3, 3], "strides": [1]}, "strides must hold a whole number of at least 1 for each of 2 kernels"),
+        ({"layout": "mel", "kernels": [0], "strides": [1]}, "kernels must hold"),
+        ({"kernels": [3]}, "layout"),
+        ({"layout": "mel", "hop": 3}, "hop"),
+        ("mel", "frame_counts must be FrameCounts, or a mapping of their fields, got 'mel'"),
+    ],
+)
+def test_frame_counts_that_cannot_be(counts: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        SteerMoEConfig(frame_counts=counts)
 
 
 def test_full_features_need_no_lengths(made: Model) -> None:

@@ -87,6 +87,7 @@ def test_what_is_saved_is_read_again(path: Path, tmp_path: Path) -> None:
         ("training.early_stopping_patience=0", r"training\.early_stopping_patience must be at least 1"),
         ("model.top_k=9", r"model\.top_k must be at most num_experts \(8\), got 9"),
         ("model.pool=sum", r"model\.pool must be one of max, mean, null, got 'sum'"),
+        ("model.frame_counts={layout: mel, kernels: 3}", r"model\.frame_counts must be FrameCounts, or a mapping"),
         ("model.dtype=bf16", r"model\.dtype must be one of float32, bfloat16, float16, got 'bf16'"),
         ("data.train=null", r"data\.train must be a path, a mapping with 'path', or a list of those, got null"),
         ("data.train=3", r"data\.train must be a path"),
