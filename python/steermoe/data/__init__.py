@@ -28,8 +28,8 @@ The module's name is the ``kind`` that a specification may give. What the kinds 
 
 - ``split`` picks a part of the corpus as its publisher names it ("test-clean"), and one that is not there is an error that lists those that
   are; ``audio_dir`` is where audio lies, if not beside the table.
-- A bad row never stops the others: it becomes a `Problem`. ``where`` of examples and problems is "FILE:LINE", or the audio file's path
-  for audio without a line.
+- A bad row never stops the others: it becomes a `Problem`. ``where`` of examples and problems is "FILE:LINE"; the audio file's path for
+  audio that no line names, "PATH[INDEX]" where there are no lines.
 - `corpus.numbered_lines` gives a text file's lines with their numbers, `corpus.decoded` a line's text, and `corpus.is_file` whether a row's
   file is there; the latter two raise the ValueError that a problem's reason is made of.
 """
