@@ -235,7 +235,7 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.config.audio_padding == "longest":
             mask = torch.arange(features.shape[-1], device=lengths.device) < lengths[:, None]
         with self.aligner.record_gates() if output_gates else nullcontext() as gates:
-            frames = _frames_of(self.encoder(features) if mask is None else self.encoder(features, attention_mask=mask))
+            frames = self._frames_of(self.encoder(features) if mask is None else self.encoder(features, attention_mask=mask), features)
         return frames, gates
 
     def _encode_by_length(self, features: Tensor, lengths: Tensor, output_gates: bool) -> tuple[Tensor, dict[int, Tensor] | None]:
@@ -247,17 +247,24 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero()[:, 0]
             with self.aligner.record_gates() if output_gates else nullcontext() as gates:
-                frames = _frames_of(self.encoder(features[rows].narrow(counts.time_dim, 0, length)))
-            if frames.shape[1] != (expected := int(counts.pooled(length, self.config.pool_size))):
-                raise ValueError(
-                    f"frame_counts give {expected} pooled frames for {length} feature frames, and the encoder puts out {frames.shape[1]}"
-                )
+                clips = features[rows].narrow(counts.time_dim, 0, length)
+                frames = self._frames_of(self.encoder(clips), clips)
             parts.append(_filled_up(frames, pooled))
             gate_parts.append({layer: _filled_up(gate, total) for layer, gate in (gates or {}).items()})
             order.append(rows)
         back = torch.cat(order).argsort()
         collected = {layer: torch.cat([part[layer] for part in gate_parts])[back] for layer in gate_parts[0]}
         return torch.cat(parts)[back], collected if output_gates else None
+
+    def _frames_of(self, output: Any, features: Tensor) -> Tensor:
+        """The pooled frames in the encoder's ``output``. ValueError if they are not as many as its counts say."""
+        frames: Tensor = output if isinstance(output, Tensor) else output[0]
+        length = features.shape[self.frame_counts.time_dim]
+        if frames.shape[1] != (expected := self.frame_counts.pooled(length, self.config.pool_size)):
+            raise ValueError(
+                f"frame_counts give {expected} pooled frames for {length} feature frames, and the encoder puts out {frames.shape[1]}"
+            )
+        return frames
 
     def _embed(
         self, input_ids: Tensor, input_features: Tensor | None, feature_lengths: Tensor | None, output_gates: bool = False
@@ -536,11 +543,6 @@ def _aligner_part(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _accepts(module: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(module.forward).parameters
-
-
-def _frames_of(output: Any) -> Tensor:
-    frames: Tensor = output if isinstance(output, Tensor) else output[0]
-    return frames
 
 
 def _filled_up(x: Tensor, length: int) -> Tensor:
