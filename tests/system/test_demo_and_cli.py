@@ -10,11 +10,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from rich.console import Console
+from safetensors.torch import load_file
 from tones import ToneModel, ToneProcessor, record
 
 pytest.importorskip("espeakng_loader", reason="speech synthesis needs the espeakng-loader wheel")
@@ -24,6 +27,7 @@ from steermoe.backbones import encoder_path, language_model_path
 from steermoe.demo import demonstration
 from steermoe.demo.report import wer_by_voice
 from steermoe.demo.speech import HELD_OUT_VOICES
+from steermoe.training_config import ModelConfig
 
 try:
     encoder_path(), language_model_path()
@@ -63,6 +67,10 @@ def test_the_projection_alone_steers_nothing(shown: tuple[demonstration.DemoResu
     found = json.loads(steermoe("inspect", result.projection.checkpoint, "--json").stdout)
     assert found["layer_scales"] == [0.0] * len(found["layer_scales"])
     assert folder in result.projection.checkpoint.parents
+    # Trained by itself: from the same first projection, it came to another one.
+    first, second = (load_file(rival.checkpoint / "model.safetensors") for rival in (result.steered, result.projection))
+    assert not torch.equal(first["prompt_proj.weight"], second["prompt_proj.weight"])
+    assert result.steered.losses != result.projection.losses
 
 
 def test_the_backbones_are_untouched(shown: tuple[demonstration.DemoResult, Path]) -> None:
@@ -87,6 +95,8 @@ def test_the_reports_numbers_are_there_to_be_read(shown: tuple[demonstration.Dem
         assert found["trained"]["wer"] == rival.trained.errors.wer.rate  # type: ignore[union-attr]
         assert found["trained"]["wer_by_voice"] == wer_by_voice(rival.trained)
         assert (found["parameters"], found["steps"]) == (rival.parameters, rival.steps)
+        heard = [(row.id, row.reference, row.hypothesis) for row in rival.trained.hypotheses]
+        assert [(clip["id"], clip["said"], clip[rival.name]) for clip in numbers["held_out"]] == heard
     assert numbers["backbones_bit_identical"] is True and numbers["machine"] == result.machine
 
 
@@ -120,6 +130,17 @@ def test_the_demo_removes_nothing_of_the_users(tmp_path: Path, monkeypatch: pyte
     for _ in range(2):  # a folder of its own may be used again, also where the first run was cut off
         with pytest.raises(AssertionError, match="the demo has begun"):
             demonstration.run(tmp_path / "new")
+
+
+def test_ctrl_c_in_training_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training itself saves a checkpoint, and returns."""
+    monkeypatch.setattr(demonstration, "build", lambda *_, **__: (None, None))
+    monkeypatch.setattr(demonstration, "_evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(demonstration, "_words", str)
+    monkeypatch.setattr(demonstration, "train", lambda *_, **__: SimpleNamespace(interrupted=True))
+    config = ModelConfig("shipped", "shipped")
+    with pytest.raises(KeyboardInterrupt):
+        demonstration._train("steered", config, tmp_path, tmp_path, tmp_path, 1, 0, Console())
 
 
 # --- the command line ---------------------------------------------------------------------------------------------------------------------

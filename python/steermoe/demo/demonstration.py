@@ -91,7 +91,8 @@ def run(
 
     ``output`` is new, empty or an earlier demo's, whose results are replaced. FileExistsError for a folder of anything else,
     NotADirectoryError for a file, FileNotFoundError without the shipped backbones, RuntimeError without espeak-ng, ValueError for a budget
-    of no time and a ``seed`` outside 0 to 2^32 - 1; all but espeak-ng's before anything is written.
+    of no time and a ``seed`` outside 0 to 2^32 - 1; all but espeak-ng's before anything is written. KeyboardInterrupt after Ctrl-C, also
+    where training has ended in order.
     """
     if not 0 < minutes < math.inf:
         raise ValueError(f"minutes must be above 0, got {minutes:g}")
@@ -231,6 +232,8 @@ def _train(
     console.print(f"  untrained: {_words(untrained)}")
     start = time.perf_counter()
     result = train(_config(model_config, training, folder, steps, seed), model=model, processor=processor)
+    if result.interrupted:  # it has said how to go on with this aligner; what is left of the demo would go on without
+        raise KeyboardInterrupt
     seconds = time.perf_counter() - start
     trained = _evaluate(result.model, processor, heard)
     console.print(f"  trained:   {_words(trained)}")

@@ -36,7 +36,7 @@ def write_report(result: DemoResult, path: Path) -> None:
 
 
 def write_numbers(result: DemoResult, path: Path) -> None:
-    """Write ``path``, JSON: each aligner's word error rates before and after, by voice, too; steps, seconds, versions."""
+    """Write ``path``, JSON: each aligner's word error rates before and after, by voice, too; losses, seconds, versions, hypotheses."""
     sentence, question, expected, answer = result.question
     numbers = {
         "aligners": {rival.name: _numbers(rival) for rival in (result.steered, result.projection)},
@@ -47,7 +47,24 @@ def write_numbers(result: DemoResult, path: Path) -> None:
         "stages_begin": result.stages,
         "machine": result.machine,
     }
-    _write(path, json.dumps(numbers, indent=1) + "\n")
+    # The hypotheses a line a clip: two aligners of one error rate need not have made the same errors.
+    clips = ",\n  ".join(json.dumps(clip, ensure_ascii=False) for clip in _clips(result))
+    _write(path, json.dumps(numbers, indent=1).removesuffix("\n}") + f',\n "held_out": [\n  {clips}\n ]\n}}\n')
+
+
+def _clips(result: DemoResult) -> list[dict[str, str]]:
+    """The held-out clips, each with what was said and what each aligner, trained, heard."""
+    pairs = zip(result.steered.trained.hypotheses, result.projection.trained.hypotheses, strict=True)
+    return [
+        {
+            "id": steered.id,
+            "voice": str(steered.extra.get("voice", "?")),
+            "said": steered.reference,
+            result.steered.name: steered.hypothesis,
+            result.projection.name: projection.hypothesis,
+        }
+        for steered, projection in pairs
+    ]
 
 
 def _numbers(rival: Rival) -> dict[str, Any]:
@@ -60,6 +77,8 @@ def _numbers(rival: Rival) -> dict[str, Any]:
         "parameters": rival.parameters,
         "steps": rival.steps,
         "seconds": rival.seconds,
+        "first_loss": rival.losses[0][1],
+        "last_loss": rival.losses[-1][1],
         "untrained": errors(rival.untrained),
         "trained": errors(rival.trained) | {"wer_by_voice": wer_by_voice(rival.trained)},
     }
