@@ -97,7 +97,7 @@ def demo(
     minutes: Annotated[float, typer.Option(min=0.1, help="time to train, for the steered aligner and the projection alone together")] = 3.0,
     seed: Annotated[int, typer.Option(help="of the aligner's first weights and of what is said")] = 0,
 ) -> None:
-    """Train an aligner on synthesised speech and measure it on voices it has never heard; no download, about five minutes on two cores."""
+    """Train an aligner on synthesised speech and measure it on voices never heard; no download, about five minutes on two idle cores."""
     from .demo.demonstration import run
 
     run(output, minutes=minutes, seed=seed)
