@@ -476,7 +476,7 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ``kwargs`` are what hubs take: ``token``, ``cache_dir``, ``local_files_only``, ``subfolder``; TypeError for others.
 
         CheckpointError for a checkpoint that is cut off or damaged, or whose aligner was trained for other backbones than these, naming
-        both; BackboneError for a backbone that cannot be had.
+        both: other weights, or other settings where the checkpoint records them; BackboneError for a backbone that cannot be had.
         """
         own = [
             name for name in inspect.signature(cls.from_pretrained).parameters if name not in ("pretrained_model_name_or_path", "kwargs")
@@ -525,9 +525,15 @@ def _named(config: SteerMoEConfig, field: str) -> str:
 
 def _check_same(folder: str, kind: str, trained_for: str | None, fingerprint: Fingerprint, backbone: Backbone) -> None:
     found = fingerprint.matching(backbone.module)
-    if found.digest == fingerprint.digest:
+    changed = fingerprint.changed_settings(found)
+    if found.digest == fingerprint.digest and not changed:
         return
     argument = f"{kind}_model"
+    if found.digest == fingerprint.digest:
+        raise CheckpointError(
+            f"{folder} was trained for the {argument} {trained_for or 'given as a module'!r}, and {backbone.name or 'the module given'!r} "
+            f"has its weights under other settings: {'; '.join(changed)}; give the {argument} it was trained for"
+        )
     differences = fingerprint.differences(found)
     more = f" and {len(differences) - 1} more differences" if len(differences) > 1 else ""
     raise CheckpointError(

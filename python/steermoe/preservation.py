@@ -1,7 +1,7 @@
 """Proof that steering left both backbones as they were: their weights, the language model's text-only logits, the encoder's output.
 
 Everything is compared bit for bit with the untouched backbones, loaded once more from where they are from; and those with the fingerprints
-that the model or checkpoint recorded, so that a backbone which has changed on the disk shows as well.
+that the model or checkpoint recorded, settings included, so that a backbone which has changed on the disk shows as well.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison. ``passed`` is None if it could not be made; ``faults`` name the tensors that differ, or say why."""
+    """One comparison. ``passed`` is None if it could not be made; ``faults`` name the tensors or settings that differ, or say why."""
 
     name: str
     passed: bool | None
@@ -158,12 +158,16 @@ def _weight_checks(what: str, module: nn.Module, recorded: Fingerprint, untouche
     """
     trained_for = f"fingerprint {recorded.digest[:12]} over {len(recorded.tensors)} tensors"
     if untouched is None:
-        faults = recorded.differences(recorded.matching(module))
+        found = recorded.matching(module)
+        faults = recorded.differences(found)
         yield Check(f"{what}: weights and recorded fingerprint", not faults, trained_for, tuple(faults))
+        yield from _settings_check(what, recorded, found)
         yield Check(f"{what}: output", None, "its files are not known", (f"{what}: it was given as a module of no known origin",))
         return
-    faults = recorded.differences(recorded.matching(untouched.module))
+    found = recorded.matching(untouched.module)
+    faults = recorded.differences(found)
     yield Check(f"{what}: files and recorded fingerprint", not faults, trained_for, tuple(faults))
+    yield from _settings_check(what, recorded, found)
     ours = dict(_tensors(module))
     first = next(iter(backbone_weights(module)))[1]
     cast(untouched.module, _dtype(ours))
@@ -177,6 +181,16 @@ def _weight_checks(what: str, module: nn.Module, recorded: Fingerprint, untouche
     faults += [fault for name in ours if name in theirs and (fault := _difference(name, ours[name], theirs[name]))]
     count = sum(tensor.numel() for tensor in ours.values())
     yield Check(f"{what}: weights", not faults, f"{len(ours)} tensors, {count:,} numbers", tuple(sorted(faults)))
+
+
+def _settings_check(what: str, recorded: Fingerprint, found: Fingerprint) -> Iterator[Check]:
+    """The settings a backbone was trained with against those it has; nothing for a module that has none."""
+    name = f"{what}: settings"
+    if recorded.settings is None:
+        yield Check(name, None, "not recorded", (f"{name} were not recorded: the checkpoint was made by an earlier version",))
+    elif recorded.settings or found.settings:
+        faults = recorded.changed_settings(found)
+        yield Check(name, not faults, f"{len(recorded.settings)} recorded", tuple(faults))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -251,6 +251,12 @@ def _check_backbones(model: Any, checkpoint: Path) -> None:
                 f"{checkpoint} was made with a {what} of fingerprint {recorded[kind].digest[:12]}, and this one's is {found.digest[:12]}: "
                 "its weights have changed since"
             )
+        if changed := recorded[kind].changed_settings(found):
+            raise CheckpointError(
+                f"{checkpoint} was made with a {what} of other settings, and the weights are the same: {'; '.join(changed)}"
+            )
+        if recorded[kind].settings is None:
+            logger.warning("%s does not record the settings of its %s: they are not compared", checkpoint, what)
 
 
 def _check_rows(trainer: AlignerTrainer, checkpoint: Path) -> None:

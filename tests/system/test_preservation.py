@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import tiny_backbones
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import ALL_CLIPS, ANSWERS, MIXED, build
 
 from steermoe import SteerMoEForConditionalGeneration
+from steermoe.checkpoints import CheckpointError
 from steermoe.fingerprint import Fingerprint
 from steermoe.loading import BackboneError
 from steermoe.preservation import verify
@@ -27,6 +29,12 @@ def flip(tensor: torch.Tensor, place: int = 5) -> None:
     """The lowest bit of one number."""
     bits = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
     tensor.detach().view(bits).reshape(-1)[place] ^= 1
+
+
+def alter(folder: Path, settings: dict[str, Any]) -> None:
+    """Settings of the config in ``folder``."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 def trained(model: Any, processor: Any) -> Any:
@@ -45,7 +53,7 @@ def test_a_trained_model_passes(kinds: tuple[str, str], dtype: torch.dtype, enco
     model = trained(*build(encoder_folder(kinds[0]), language_model_folder(kinds[1]), dtype=dtype))
     result = verify(model)
     assert result.passed, result.report()
-    assert len(result.checks) == 6 and not result.faults
+    assert len(result.checks) == 8 and not result.faults
     assert "both backbones are untouched" in str(result) and str(encoder_folder(kinds[0])) in str(result)
     assert json.loads(json.dumps(result.to_dict()))["passed"] is True
 
@@ -108,6 +116,81 @@ def test_a_backbone_that_changed_on_the_disk(kind: str, tmp_path: Path) -> None:
     assert wrong.name == f"{ {'audio': 'audio encoder', 'text': 'language model'}[kind] }: files and recorded fingerprint"
 
 
+@pytest.mark.parametrize(
+    ("kind", "altered", "faults"),
+    [
+        # The tensors of two heads of twice the size are the same.
+        ("audio", {"encoder_attention_heads": 2}, ["setting encoder_attention_heads is 2 instead of 4"]),
+        (
+            "text",
+            {"rms_norm_eps": 0.1, "rope_parameters": {"rope_theta": 5e3, "rope_type": "default"}},
+            ["setting rms_norm_eps is 0.1 instead of 1e-06", "setting rope_parameters.rope_theta is 5000.0 instead of 10000.0"],
+        ),
+        (
+            "text",
+            {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}},
+            [
+                "setting rope_parameters.rope_type is 'linear' instead of 'default'",
+                "setting rope_parameters.factor is 2.0 instead of not set",
+            ],
+        ),
+    ],
+)
+def test_a_backbone_whose_settings_changed_on_the_disk(kind: str, altered: dict[str, Any], faults: list[str], tmp_path: Path) -> None:
+    """Every tensor is what it was, and another function is computed with them."""
+    tiny_backbones.save_encoder(tmp_path / "audio")
+    tiny_backbones.save_language_model(tmp_path / "text")
+    build(tmp_path / "audio", tmp_path / "text")[0].save_pretrained(tmp_path / "model")
+    alter(tmp_path / kind, altered)
+    result = verify(tmp_path / "model")
+    assert sorted(result.faults) == sorted(faults) and "NOT shown to be untouched" in result.report()
+    (wrong,) = [check for check in result.checks if not check.passed]
+    assert wrong.passed is False and wrong.name == f"{ {'audio': 'audio encoder', 'text': 'language model'}[kind] }: settings"
+    with pytest.raises(
+        CheckpointError, match=rf"for the {kind}_model .* has its weights under other settings: setting .*{faults[0][8:20]}"
+    ):
+        SteerMoEForConditionalGeneration.from_pretrained(tmp_path / "model")
+
+
+def test_settings_that_change_nothing_may_change(tmp_path: Path) -> None:
+    tiny_backbones.save_encoder(tmp_path / "audio")
+    tiny_backbones.save_language_model(tmp_path / "text")
+    build(tmp_path / "audio", tmp_path / "text")[0].save_pretrained(tmp_path / "model")
+    alter(tmp_path / "audio", {"dropout": 0.3, "decoder_layers": 0, "transformers_version": "4.30.0", "torch_dtype": "float16"})
+    alter(tmp_path / "text", {"use_cache": False, "architectures": None, "attention_dropout": 0.2, "initializer_range": 1.0})
+    result = verify(tmp_path / "model")
+    assert result.passed, result.report()
+    # Another version of transformers gave the language model a setting more, and one fewer.
+    path = tmp_path / "model" / "fingerprints.json"
+    recorded = json.loads(path.read_text())
+    settings = recorded["text"]["settings"]
+    settings |= {"transformers_version": "5.0.0", "of_old": 1}
+    del settings["rms_norm_eps"]
+    path.write_text(json.dumps(recorded))
+    assert verify(tmp_path / "model").passed
+    settings["transformers_version"] = transformers.__version__
+    path.write_text(json.dumps(recorded))
+    assert verify(tmp_path / "model").faults == [
+        "setting of_old is not set instead of 1",
+        "setting rms_norm_eps is 1e-06 instead of not set",
+    ]
+
+
+def test_a_checkpoint_that_records_no_settings(tiny_encoder: Path, tiny_language_model: Path, tmp_path: Path) -> None:
+    """As they were before: the tensors alone."""
+    build(tiny_encoder, tiny_language_model)[0].save_pretrained(tmp_path)
+    path = tmp_path / "fingerprints.json"
+    recorded = json.loads(path.read_text())
+    path.write_text(json.dumps({kind: entry["tensors"] for kind, entry in recorded.items()}))
+    SteerMoEForConditionalGeneration.from_pretrained(tmp_path)
+    result = verify(tmp_path)
+    assert not result.passed and [check.name for check in result.checks if check.passed is not True] == [
+        "audio encoder: settings",
+        "language model: settings",
+    ]
+    assert "language model: settings: not compared (not recorded)" in result.report()
+
+
 def test_untouched_backbones_elsewhere_or_gone(tiny_encoder: Path, tiny_language_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_encoder, tmp_path / "audio")
     model, _ = build(tmp_path / "audio", tiny_language_model)
@@ -122,7 +205,7 @@ def test_a_module_of_no_origin_is_held_against_its_fingerprint(tiny_language_mod
     encoder = tiny_backbones.ENCODERS["whisper"][0]()
     model = SteerMoEForConditionalGeneration.from_backbones(encoder, tiny_language_model, dtype=torch.bfloat16)
     result = verify(model)
-    assert not result.passed and [check.passed for check in result.checks] == [True, None, True, True, True]
+    assert not result.passed and [check.passed for check in result.checks] == [True, True, None, True, True, True, True]
     assert "not compared" in result.report() and "a module of no known origin" in result.report()
     flip(model.encoder.layers[1].fc1.weight)
     assert "layers.1.fc1.weight has other values" in verify(model).faults

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import shutil
@@ -191,6 +192,25 @@ def test_backbones_that_changed_are_refused(backbones: tuple[Path, Path], clips:
     save_file(weights, text_model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"checkpoint-5 was made with a text_model of fingerprint .*: its weights have changed since"):
         train(config, resume=True)
+
+
+def test_backbones_whose_settings_changed_are_refused(
+    backbones: tuple[Path, Path], clips: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text_model = shutil.copytree(backbones[1], tmp_path / "text")
+    config = configuration((backbones[0], text_model), clips, tmp_path / "run", **SETTINGS)
+    train(config, callbacks=[Signal(5)])
+    path = text_model / "config.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"rms_norm_eps": 0.5}))
+    words = (
+        r"checkpoint-5 was made with a text_model of other settings, and the weights are the same: setting rms_norm_eps is 0.5 instead of"
+    )
+    with pytest.raises(CheckpointError, match=words):
+        train(config, resume=True)
+    path.write_text(before)
+    assert train(config, resume=True).steps == SETTINGS["max_steps"]
+    assert "does not record the settings" not in caplog.text
 
 
 def test_rows_that_changed_are_refused(backbones: tuple[Path, Path], tmp_path: Path) -> None:
