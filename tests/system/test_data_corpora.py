@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -280,6 +282,29 @@ def test_huggingface_splits_selections_and_columns(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must hold audio as a path"):
         datasets.Dataset.from_dict({"audio": [1, 2]}).save_to_disk(tmp_path / "numbers")
         data.load(tmp_path / "numbers")
+
+
+def hub_rows(tmp_path: Path, features: dict[str, Any] | None = None, **columns: Sequence[Any]) -> Path:
+    """A saved data set of as many rows as the columns, with audio of its own type."""
+    sound = record(tmp_path / "one.wav", "one").read_bytes()
+    rows = len(next(iter(columns.values()), ())) or 2
+    dataset = datasets.Dataset.from_dict({"audio": [{"bytes": sound, "path": None}] * rows, **columns}).cast_column(
+        "audio", datasets.Audio()
+    )
+    for name, feature in (features or {}).items():
+        dataset = dataset.cast_column(name, feature)
+    dataset.save_to_disk(tmp_path / "set")
+    return tmp_path / "set"
+
+
+def test_a_huggingface_set_of_audio_alone_comes_to_an_end(tmp_path: Path) -> None:
+    corpus = data.load(hub_rows(tmp_path))
+    rows = iter(corpus)
+    assert [next(rows).id, next(rows).id] == ["0", "1"] and next(rows, None) is None
+    assert corpus[-1].id == "1"
+    for index in (2, -3):
+        with pytest.raises(IndexError, match=f"row {index} of 2"):
+            corpus[index]
 
 
 def test_a_selection_in_memory_knows_which_rows_are_missing(tmp_path: Path) -> None:

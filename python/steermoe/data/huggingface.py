@@ -78,8 +78,11 @@ class Rows(Sequence[Example]):
         return self._length
 
     def __getitem__(self, index: Any) -> Any:
+        if not -self._length <= index < self._length:
+            raise IndexError(f"row {index} of {self._length}")
+        index = int(index) % self._length
         # Without another column the data set has forgotten how many rows it has.
-        row = dict(self._facts[int(index)]) if self._facts.column_names else {}
+        row = dict(self._facts[index]) if self._facts.column_names else {}
         text = row.pop(self._text_column) if self._text_column is not None else None
         answers = row.pop("answers", None) or ()
         answers = (answers,) if isinstance(answers, str) else tuple(answers)
@@ -87,7 +90,7 @@ class Rows(Sequence[Example]):
         duration = row.pop("duration", None)
         where = f"{self._path}[{index}]"
         return Example(
-            audio=TableAudio(where, self.audio, int(index), self._audio_column),
+            audio=TableAudio(where, self.audio, index, self._audio_column),
             text=text if text is not None or not answers else answers[0],
             prompt=row.pop("prompt", None),
             id=str(identity) if identity is not None else f"{index}",
