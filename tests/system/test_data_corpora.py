@@ -307,6 +307,67 @@ def test_a_huggingface_set_of_audio_alone_comes_to_an_end(tmp_path: Path) -> Non
             corpus[index]
 
 
+@pytest.mark.parametrize(
+    "column, values, said",
+    [
+        ("text", [1, None], "text must be a string, got 1"),
+        ("sentence", [["one"], None], r"sentence must be a string, got \['one'\]"),
+        ("prompt", [1, None], "prompt must be a string, got 1"),
+        ("duration", ["1", None], "duration must be a number of seconds, 0 or more and at most 1000000000, got '1'"),
+        ("duration", [float("nan"), 0.5], "duration must be a number of seconds, .*, got nan"),
+        ("duration", [0.0, 0.5], "duration must be positive, got 0"),
+        ("answers", [["one", None], ["one"]], r"answers must be a list of strings, got \['one', None\]"),
+        ("answers", [[{"text": "one"}], []], r"answers must be a list of strings, got \[{'text': 'one'}\]"),
+        ("id", [1.5, None], "id must be a string or a whole number, got 1.5"),
+    ],
+)
+def test_a_huggingface_row_is_checked_as_a_manifests(column: str, values: list[Any], said: str, tmp_path: Path) -> None:
+    path = hub_rows(tmp_path, **({} if column == "sentence" else {"text": ["a", "b"]}) | {column: values})
+    corpus = data.load(path)
+    assert [row.where for row in corpus] == [f"{path}[1]"]
+    (problem,) = corpus.problems
+    assert problem.where == f"{path}[0]" and re.fullmatch(said, problem.reason)
+
+
+def test_huggingface_answers_as_squad_has_them(tmp_path: Path) -> None:
+    answers = [{"text": ["one", "1"], "answer_start": [3, 9]}, {"text": [], "answer_start": []}, None]
+    corpus = data.load(hub_rows(tmp_path, answers=answers))
+    assert [row.answers for row in corpus] == [("one", "1"), (), ()] and [row.text for row in corpus] == ["one", None, None]
+    assert len(corpus.for_scoring()) == 1
+
+
+def test_huggingface_class_labels_are_their_names(tmp_path: Path) -> None:
+    path = hub_rows(tmp_path, {"text": datasets.ClassLabel(names=["no", "yes"])}, text=[1, None, 0, -1])
+    corpus = data.load(path)
+    assert [row.text for row in corpus] == ["yes", None, "no"]
+    assert [str(problem) for problem in corpus.problems] == [f"{path}[3]: text must be a string, got -1"]
+
+
+def test_other_audio_of_a_huggingface_row_is_left_alone(tmp_path: Path) -> None:
+    clean = [{"bytes": b"no audio at all", "path": None}] * 2
+    path = hub_rows(tmp_path, {"clean": datasets.Audio()}, text=["one", "two"], clean=clean, speaker=["a", "b"])
+    assert [(row.text, row.extra) for row in data.load(path)] == [("one", {"speaker": "a"}), ("two", {"speaker": "b"})]
+
+
+def test_a_huggingface_set_saved_in_a_format(tmp_path: Path) -> None:
+    formatted = datasets.load_from_disk(hub_rows(tmp_path, text=["one", "two"], duration=[0.5, 0.25])).with_format("torch")
+    formatted.save_to_disk(tmp_path / "formatted")
+    assert [(row.text, row.duration) for row in data.load(tmp_path / "formatted")] == [("one", 0.5), ("two", 0.25)]
+
+
+def test_a_text_of_a_huggingface_row_is_nothing_else(tmp_path: Path) -> None:
+    corpus = data.load({"path": hub_rows(tmp_path, prompt=["one", "two"], text=["x", "y"]), "text_column": "prompt"})
+    assert [(row.text, row.prompt) for row in corpus] == [("one", None), ("two", None)]
+
+
+def test_a_huggingface_set_without_rows(tmp_path: Path) -> None:
+    features = datasets.Features({"audio": datasets.Audio(), "text": datasets.Value("string")})
+    empty = datasets.Dataset.from_dict({"audio": [], "text": []}, features=features)
+    empty.save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match="set has no rows"):
+        data.load(tmp_path / "set")
+
+
 def test_a_selection_in_memory_knows_which_rows_are_missing(tmp_path: Path) -> None:
     from steermoe.data.huggingface import _missing_audio
 

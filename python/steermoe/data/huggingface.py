@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 
 from .audio import HeldAudio
 from .corpus import Corpus, Example, Problem
+from .manifest import stated
 
 PRIORITY = 30
 REMOTE = True
@@ -20,6 +21,7 @@ LOOKED_FOR = "a folder that datasets' save_to_disk wrote (dataset_info.json or d
 
 _TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription")
 _AUDIO_COLUMNS = ("audio", "speech", "audio_filepath", "file", "path")
+_FACTS = ("prompt", "answers", "duration", "id")
 
 
 def takes(path: Path) -> bool:
@@ -42,17 +44,20 @@ def read(
 
     ``split`` is needed where there are several. ``name``, ``revision`` and ``data_dir`` are ``load_dataset``'s, for data sets that are not
     folders of ``save_to_disk``. ``audio_column`` and ``text_column`` are told from types and usual names if not given. Columns ``prompt``,
-    ``answers``, ``duration`` and ``id`` are used where they exist. Rows without audio are problems. ImportError without ``datasets``;
-    ValueError for a split or column that is not there.
+    ``answers`` (as lists of strings, or as SQuAD has them), ``duration`` and ``id`` are used where they exist; of a text that is a class
+    label, its name. Rows without audio, or with values that a manifest's rows may not have, are problems. ImportError without ``datasets``;
+    ValueError for a split or column that is not there, and for a data set without rows.
     """
     dataset = _open(os.fspath(path), split, name, revision, data_dir)
     audio_column = _audio_column(dataset, audio_column)
     text_column = _text_column(dataset, text_column)
     rows = Rows(dataset, audio_column, text_column, os.fspath(path))
     _check_form(rows.audio, audio_column)
-    missing = _missing_audio(rows.audio, audio_column)
-    kept = np.flatnonzero(~missing).tolist()
-    problems = [Problem(f"{path}[{index}]", f"no audio: column {audio_column!r} is null") for index in np.flatnonzero(missing)]
+    reasons = rows.faults()
+    for index in np.flatnonzero(_missing_audio(rows.audio, audio_column)).tolist():
+        reasons[index] = f"no audio: column {audio_column!r} is null"
+    kept = [index for index in range(len(rows)) if index not in reasons]
+    problems = [Problem(f"{path}[{index}]", reason) for index, reason in sorted(reasons.items())]
     whole = Corpus(rows, (), f"{os.fspath(path)}{f' ({split})' if split else ''}")
     return whole.select(kept, problems) if problems else whole
 
@@ -62,16 +67,20 @@ class Rows(Sequence[Example]):
 
     def __init__(self, dataset: Any, audio_column: str, text_column: str | None, path: str) -> None:
         import datasets
+        from datasets.features.features import require_decoding
 
         audio = dataset.select_columns([audio_column])
         if isinstance(dataset.features[audio_column], datasets.Audio):
             # Decoding through the library would need torchcodec.
             audio = audio.cast_column(audio_column, datasets.Audio(decode=False))
         self.audio = audio
-        self._facts = dataset.remove_columns([audio_column])
+        # Other audio, and images, are no facts: to decode them takes time, and packages that may not be there.
+        media = [name for name, feature in dataset.features.items() if require_decoding(feature, ignore_decode_attribute=True)]
+        self._facts = dataset.remove_columns([audio_column, *(name for name in media if name != audio_column)])
         self._length = len(dataset)
         self._audio_column = audio_column
         self._text_column = text_column
+        self._labels = getattr(dataset.features.get(text_column), "names", None)
         self._path = path
 
     def __len__(self) -> int:
@@ -82,23 +91,41 @@ class Rows(Sequence[Example]):
             raise IndexError(f"row {index} of {self._length}")
         index = int(index) % self._length
         # Without another column the data set has forgotten how many rows it has.
-        row = dict(self._facts[index]) if self._facts.column_names else {}
-        text = row.pop(self._text_column) if self._text_column is not None else None
-        answers = row.pop("answers", None) or ()
-        answers = (answers,) if isinstance(answers, str) else tuple(answers)
-        identity = row.pop("id", None)
-        duration = row.pop("duration", None)
+        row = self._facts[index] if self._facts.column_names else {}
+        fields = self._stated(row)
+        fields["id"] = fields["id"] if fields["id"] is not None else f"{index}"
         where = f"{self._path}[{index}]"
-        return Example(
-            audio=TableAudio(where, self.audio, index, self._audio_column),
-            text=text if text is not None or not answers else answers[0],
-            prompt=row.pop("prompt", None),
-            id=str(identity) if identity is not None else f"{index}",
-            duration=float(duration) if duration else None,
-            answers=answers,
-            extra=row,
-            where=where,
-        )
+        extra = {name: value for name, value in row.items() if name not in (*_FACTS, self._text_column)}
+        return Example(audio=TableAudio(where, self.audio, index, self._audio_column), extra=extra, where=where, **fields)
+
+    def faults(self) -> dict[int, str]:
+        """Of the rows that say what a manifest's may not, by index, what is wrong. Only columns whose type allows it are read."""
+        columns = [name for name in self._facts.column_names if name in (self._text_column, *_FACTS) and not self._is_sound(name)]
+        found = {}
+        for index, row in enumerate(self._facts.select_columns(columns)) if columns else ():
+            try:
+                self._stated(row)
+            except ValueError as error:
+                found[index] = str(error)
+        return found
+
+    def _stated(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        fields = {name: row[name] for name in _FACTS if name in row and name != self._text_column}
+        answers = fields.get("answers")
+        if isinstance(answers, str):
+            fields["answers"] = [answers]
+        elif isinstance(answers, Mapping) and "text" in answers:  # SQuAD's, with the places of the answers beside them
+            fields["answers"] = answers["text"]
+        text = None if self._text_column is None else row.get(self._text_column)
+        if self._labels is not None and text in range(len(self._labels)):
+            text = self._labels[text]
+        return stated({**fields, "text": text}, self._text_column or "text")
+
+    def _is_sound(self, column: str) -> bool:
+        """Whether the type of a column leaves nothing to check."""
+        kind = getattr(self._facts.features[column], "dtype", "")
+        texts = ("string", "large_string", "null")
+        return column in (self._text_column, "prompt", "id") and (kind in texts or (column == "id" and kind.startswith(("int", "uint"))))
 
 
 @dataclass
@@ -156,7 +183,10 @@ def _open(path: str, split: str | None, name: str | None, revision: str | None, 
     except ImportError as error:
         raise ImportError("reading Hugging Face data sets needs the package 'datasets': pip install datasets") from error
     if takes(Path(path)):
-        dataset = datasets.load_from_disk(path)
+        try:
+            dataset = datasets.load_from_disk(path)
+        except IndexError as error:  # how the library fails at a table without rows
+            raise ValueError(f"{path} has no rows, or one of its splits has none") from error
     else:
         dataset = datasets.load_dataset(path, name, split=split, revision=revision, data_dir=data_dir)
         split = None
@@ -168,7 +198,8 @@ def _open(path: str, split: str | None, name: str | None, revision: str | None, 
         dataset = dataset[split]
     elif split is not None and str(dataset.split) != split:
         raise ValueError(f"{path} is one split ({dataset.split}), got split={split!r}")
-    return dataset
+    # In a format it was saved with, such as torch's, numbers would be no numbers.
+    return dataset.with_format(None)
 
 
 def _audio_column(dataset: Any, given: str | None) -> str:

@@ -73,38 +73,45 @@ def _example(row: dict[str, Any], base: Path, where: str) -> Example:
     path = base / name
     if not is_file(path):
         raise ValueError(f"audio_filepath {path} is not there")
-    offset = _seconds(row, "offset")
+    offset = _seconds(row, "offset") or 0.0
+    fields = stated(row)
+    fields["id"] = fields["id"] if fields["id"] is not None else name + (f"@{offset:g}" if offset else "")
+    extra = {name: value for name, value in row.items() if name not in FIELDS}
+    return Example(audio=str(path), offset=offset, extra=extra, where=where, **fields)
+
+
+def stated(row: Mapping[str, Any], text_name: str = "text") -> dict[str, Any]:
+    """What a row says beside its audio: `Example`'s ``text``, ``prompt``, ``duration``, ``answers`` and ``id``, None where it has none.
+
+    ``text_name`` is what messages call its text. ValueError, naming the field, for a value that is not what it should be.
+    """
     answers = row.get("answers") or []
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"answers must be a list of strings, got {answers!r}")
+        raise ValueError(f"answers must be a list of strings, got {reprlib.repr(answers)}")
     identity = row.get("id")
     if identity is not None and not isinstance(identity, str | int):
-        raise ValueError(f"id must be a string or a whole number, got {identity!r}")
+        raise ValueError(f"id must be a string or a whole number, got {reprlib.repr(identity)}")
     duration = _seconds(row, "duration")
     if duration == 0:
         raise ValueError("duration must be positive, got 0")
-    text = _string(row, "text")
-    return Example(
-        audio=str(path),
-        text=text if text is not None or not answers else answers[0],
-        prompt=_string(row, "prompt"),
-        id=str(identity) if identity is not None else name + (f"@{offset:g}" if offset else ""),
-        offset=offset or 0.0,
-        duration=duration,
-        answers=tuple(answers),
-        extra={name: value for name, value in row.items() if name not in FIELDS},
-        where=where,
-    )
+    text = _string(row, "text", text_name)
+    return {
+        "text": text if text is not None or not answers else answers[0],
+        "prompt": _string(row, "prompt"),
+        "duration": duration,
+        "answers": tuple(answers),
+        "id": str(identity) if identity is not None else None,
+    }
 
 
-def _string(row: dict[str, Any], name: str) -> str | None:
+def _string(row: Mapping[str, Any], name: str, shown: str | None = None) -> str | None:
     value = row.get(name)
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{name} must be a string, got {value!r}")
+        raise ValueError(f"{shown or name} must be a string, got {reprlib.repr(value)}")
     return value
 
 
-def _seconds(row: dict[str, Any], name: str) -> float | None:
+def _seconds(row: Mapping[str, Any], name: str) -> float | None:
     value = row.get(name)
     if value is None:
         return None
