@@ -81,6 +81,28 @@ def test_floats_at_the_scale_of_integers_are_refused(tmp_path: Path) -> None:
     assert np.array_equal(load_audio((wave * 3, 16000)), wave * 3)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32, np.uint64])
+def test_integers_in_a_type_too_wide_are_refused(dtype: type) -> None:
+    """By its scale they would be silence; and what fills the type is not refused."""
+    wave, unsigned = tone(0.5, 16000), np.dtype(dtype).kind == "u"
+    narrow = (wave * 32767).astype(np.int16).astype(np.int64) + (32768 if unsigned else 0)
+    with pytest.raises(
+        AudioError, match=rf"^{np.dtype(dtype)} samples have a peak of \d+, and full scale is \d+: give 16-bit samples as u?int16$"
+    ):
+        load_audio((narrow.astype(dtype), 16000))
+    filled = narrow.astype(dtype) * dtype(1 << (np.dtype(dtype).itemsize * 8 - 16))
+    assert np.abs(load_audio((filled, 16000)) - wave).max() < 1e-4
+
+
+def test_lists_of_integers_are_refused_and_digital_silence_is_none_of_them() -> None:
+    with pytest.raises(
+        AudioError, match="int64 samples have a peak of 300, and full scale is 9223372036854775808: give 16-bit samples as int16"
+    ):
+        load_audio(([0, 100, -300], 16000))  # type: ignore[arg-type]
+    assert read_audio((np.zeros(100, np.int64), 16000)).loudness.silent
+    assert not read_audio((np.full(100, 8192, np.int16), 16000)).loudness.silent
+
+
 def test_channels_that_cancel_out_are_silent() -> None:
     """What is heard is their mean."""
     wave = tone(0.5, 8000)

@@ -120,7 +120,8 @@ def load_audio(source: AudioSource, sampling_rate: int = 16000, offset: float = 
     """Mono samples of ``source``, (time,) float32 at ``sampling_rate`` Hz; full scale is 1.0.
 
     ``offset`` and ``duration``, in seconds, pick a section, and only that is decoded; ``duration`` None is up to the end. AudioError for
-    a source that is missing, not audio, empty, cut off or far over full scale, and for a section that the audio does not have.
+    a source that is missing, not audio, empty, cut off, far over full scale or of integers in far too wide a type, and for a section that
+    the audio does not have.
     """
     return read_audio(source, sampling_rate, offset, duration).samples
 
@@ -226,6 +227,8 @@ class _Samples:
         if array.ndim == 2 and array.shape[0] < array.shape[1]:
             array = array.T
         if array.dtype.kind in "iu":
+            if narrow := _narrow_integers(array):
+                raise AudioError(narrow)
             limits = np.iinfo(array.dtype)
             middle = 0 if limits.min < 0 else (limits.max + 1) // 2
             array = (array.astype(np.float32) - middle) / (limits.max + 1 - middle)
@@ -329,6 +332,18 @@ def _read(source: AudioSource, file: Any, begin: int, end: int) -> np.ndarray:
 def wrong_scale(peak: float) -> str:
     """What is said of floating point audio whose ``peak`` is past `LOUDEST_PEAK`."""
     return f"has a peak of {peak:.0f}, and full scale is 1: divide it by 32768 if its samples are 16-bit integers in floating point"
+
+
+def _narrow_integers(array: np.ndarray) -> str | None:
+    """What is said of integers in a type of more than twice their width, as lists become: by that type's scale they would be silence."""
+    width = 8 * array.dtype.itemsize
+    signed = array.dtype.kind == "i"
+    peak = max(int(array.max(initial=0)), -int(array.min(initial=0)))
+    # Digital silence is that on every scale with a sign.
+    if width < 32 or (signed and peak == 0) or peak > (1 << (width // 2 - signed)):
+        return None
+    scale = 1 << (width - 1)
+    return f"{array.dtype} samples have a peak of {peak}, and full scale is {scale}: give 16-bit samples as {'' if signed else 'u'}int16"
 
 
 def _resample(mono: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
