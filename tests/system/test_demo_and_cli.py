@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -101,8 +102,9 @@ def test_the_reports_numbers_are_there_to_be_read(shown: tuple[demonstration.Dem
 
 
 def test_bad_budget(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="minutes must be above 0"):
-        demonstration.run(tmp_path / "x", minutes=0)
+    for minutes in (0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"minutes must be above 0 and finite, got {minutes}"):
+            demonstration.run(tmp_path / "x", minutes=minutes)
     assert not (tmp_path / "x").exists()
 
 

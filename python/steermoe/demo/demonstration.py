@@ -95,7 +95,7 @@ def run(
     where training has ended in order.
     """
     if not 0 < minutes < math.inf:
-        raise ValueError(f"minutes must be above 0, got {minutes:g}")
+        raise ValueError(f"minutes must be above 0 and finite, got {minutes:g}")
     if not 0 <= seed <= LARGEST_SEED:
         raise ValueError(f"seed must be from 0 to {LARGEST_SEED}, got {seed}")
     began, stages = time.perf_counter(), {}
