@@ -43,13 +43,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """The text a request got. Its decoded audio had ``loudness`` and ``audio_seconds``; ``seconds`` is its share of its batch's time."""
+    """The text a request got. Its decoded audio had ``loudness`` and ``audio_seconds``; ``seconds`` is its share of its batch's time.
+
+    ``cut_off``: the model had not ended its turn when it had made as many tokens as it may.
+    """
 
     request: Request
     text: str
     loudness: Loudness
     audio_seconds: float
     seconds: float
+    cut_off: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,10 @@ def respond(
             for batch in loader:
                 texts = _generate(model, processor, batch.inputs, generation) if batch.answerable else []
                 share = (time.perf_counter() - begun) / batch.size
-                for prepared, text in zip([*batch.answerable, *batch.silent], [*texts, *[""] * len(batch.silent)], strict=True):
+                texts += [("", False)] * len(batch.silent)
+                for prepared, (text, cut_off) in zip([*batch.answerable, *batch.silent], texts, strict=True):
                     request, loudness, audio_seconds = prepared
-                    yield Response(request, text, loudness, audio_seconds, share)
+                    yield Response(request, text, loudness, audio_seconds, share, cut_off)
                 bar.advance(task, batch.size)
                 # Again, so that what the caller does with a response is not counted.
                 begun = time.perf_counter()
@@ -187,9 +192,23 @@ class _Preparation:
 
 
 @torch.inference_mode()
-def _generate(model: Any, processor: Any, inputs: Any, generation: dict[str, Any]) -> list[str]:
+def _generate(model: Any, processor: Any, inputs: Any, generation: dict[str, Any]) -> list[tuple[str, bool]]:
+    """A text a row, and whether it is cut off."""
     tokens = model.generate(**inputs.to(model.device), **generation)
-    return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    texts = [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    return list(zip(texts, _cut_off(model, tokens, generation), strict=True))
+
+
+def _cut_off(model: Any, tokens: torch.Tensor, generation: dict[str, Any]) -> list[bool]:
+    """Of each row, whether it has all the tokens it may have and the last of them ends nothing; False where no token ends a turn."""
+    config = generation.get("generation_config") or getattr(model, "generation_config", None)
+    limit, ends = generation["max_new_tokens"], generation.get("eos_token_id", getattr(config, "eos_token_id", None))
+    if limit is None or ends is None or tokens.shape[1] < limit:
+        return [False] * len(tokens)
+    # A row that has ended before is filled up with the pad token, or with the first that ends a turn.
+    last = {*ends} if isinstance(ends, list | tuple) else {int(ends)}
+    last.add(generation.get("pad_token_id", getattr(config, "pad_token_id", None)))
+    return [token not in last for token in tokens[:, -1].tolist()]
 
 
 def _bar(progress: str | None) -> Progress:

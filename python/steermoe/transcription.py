@@ -13,7 +13,7 @@ from typing import Any
 from .capacity import LEAST_ANSWER, capacity
 from .data.audio import AudioSource, Loudness, duration_of, name_of, split_at_quiet
 from .data.collator import TRANSCRIPTION_PROMPT
-from .generation import Request, respond
+from .generation import MAX_NEW_TOKENS, Request, respond
 
 # Scripts written without spaces between words: pieces that meet in one are joined without a space.
 _UNSPACED = re.compile(
@@ -34,7 +34,7 @@ class Segment:
 class Transcript:
     """A recording's text. ``duration`` is of the audio, ``seconds`` what transcribing took; segments cover the audio in order.
 
-    ``warnings`` say what looks wrong with the audio: silent, clipped.
+    ``warnings`` say what looks wrong: audio that is silent or clipped, a text that is cut off.
     """
 
     source: str
@@ -101,6 +101,9 @@ def transcribe(
     responses = {response.request.key: response for response in answered}
     segments = tuple(Segment(start, end, responses[key].text) for key, (start, end) in enumerate(sections))
     warnings = Loudness.joined(response.loudness for response in responses.values()).warnings
+    if cut_off := [start for key, (start, _) in enumerate(sections) if responses[key].cut_off]:
+        of = f"{len(cut_off)} of {len(sections)} segments, the first at {cut_off[0]:.1f} s,"
+        warnings.append(f"cut off (the text of {of} had not ended after {generation.get('max_new_tokens', MAX_NEW_TOKENS)} tokens)")
     return Transcript(name, segments, sections[-1][1] - sections[0][0], time.perf_counter() - begun, tuple(warnings))
 
 

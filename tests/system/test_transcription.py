@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 import tiny_models
+import transformers
 from tiny_backbones import ENCODERS, noise
+from tones import WORDS as WORD_TOKENS
 from tones import ToneModel, ToneProcessor, record, speak
 
 from steermoe import SteerMoEProcessor
@@ -58,6 +60,34 @@ def test_silence_is_not_given_to_the_model(tmp_path: Path) -> None:
     assert transcribe(model, ToneProcessor(), tmp_path / "b.wav").segments == (Segment(0.0, 1.0, ""),)
     assert transcript.warnings == ()
     assert transcribe(model, ToneProcessor(), tmp_path / "b.wav").warnings[0].startswith("silent")
+
+
+def test_a_text_that_is_cut_off_is_warned_of(tmp_path: Path) -> None:
+    model = ToneModel()
+    model.generation_config = transformers.GenerationConfig(eos_token_id=[WORD_TOKENS.index("no"), 99], pad_token_id=0)  # type: ignore[assignment]
+    silence = np.zeros(4 * 16000, np.float32)
+    parts = [speak("one two three four"), silence, speak("one two no"), silence, speak("yes"), silence, speak("four three two one")]
+    soundfile.write(tmp_path / "a.wav", np.concatenate(parts), 16000)
+    segments = transcribe(model, ToneProcessor(), tmp_path / "a.wav").segments
+    assert transcribe(model, ToneProcessor(), tmp_path / "a.wav").warnings == ()
+    for batch_size in (1, 8):
+        transcript = transcribe(model, ToneProcessor(), tmp_path / "a.wav", max_new_tokens=3, batch_size=batch_size)
+        assert transcript.text == "one two three one two no yes four three two"
+        assert transcript.warnings == (
+            f"cut off (the text of 2 of {len(segments)} segments, the first at 0.0 s, had not ended after 3 tokens)",
+        )
+    assert transcript.to_dict()["warnings"] == [*transcript.warnings]
+
+
+def test_a_language_model_that_ends_its_turn_is_not_cut_off(tiny_encoder: Path, tiny_language_model: Path, tmp_path: Path) -> None:
+    model, processor = tiny_models.build(tiny_encoder, tiny_language_model)
+    soundfile.write(tmp_path / "a.wav", noise(1.0, 1), 16000)
+    assert transcribe(model, processor, tmp_path / "a.wav", max_new_tokens=4).warnings == (
+        "cut off (the text of 1 of 1 segments, the first at 0.0 s, had not ended after 4 tokens)",
+    )
+    every = list(range(model.language_model.config.vocab_size))
+    assert transcribe(model, processor, tmp_path / "a.wav", max_new_tokens=4, eos_token_id=every).warnings == ()
+    assert transcribe(model, processor, tmp_path / "a.wav", max_new_tokens=1, eos_token_id=every).warnings == ()
 
 
 def test_two_hours(tmp_path: Path) -> None:
