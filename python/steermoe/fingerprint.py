@@ -36,7 +36,7 @@ class Fingerprint:
     """Of each tensor its dtype, shape and SHA-256; ``digest`` is the SHA-256 over all of those, in the order of names.
 
     ``settings``: those of the module's config that decide what it computes with the tensors, by dotted name, and the version of
-    transformers that read them; empty for a module without a config, None in what was saved before settings were recorded.
+    transformers that read them; of a module without a config, its numbers of heads. None in what was saved before settings were recorded.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...], str]]
@@ -122,7 +122,9 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     """By dotted name, as JSON gives them back."""
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "to_dict"):
-        return {}
+        # An openai-whisper encoder has no config, and of its dimensions the heads alone leave no trace in the shapes of tensors.
+        heads = {f"{name}.n_head": getattr(part, "n_head", None) for name, part in module.named_modules()}
+        return {name: count for name, count in heads.items() if isinstance(count, int)}
     settings = json.loads(json.dumps(config.to_dict(), default=str))
     if settings.get("is_encoder_decoder") and not hasattr(module, "decoder"):
         settings = {name: value for name, value in settings.items() if name not in _DECODER and not name.startswith("decoder_")}

@@ -176,6 +176,17 @@ def test_settings_that_change_nothing_may_change(tmp_path: Path) -> None:
     ]
 
 
+def test_heads_of_a_module_without_a_config() -> None:
+    """As openai-whisper's encoders are."""
+
+    class Attention(torch.nn.Linear):
+        n_head = 4
+
+    one, other = torch.nn.Sequential(Attention(8, 8)), torch.nn.Sequential(Attention(8, 8))
+    other[0].n_head = 2  # type: ignore[assignment]
+    assert Fingerprint.of(one).changed_settings(Fingerprint.of(other)) == ["setting 0.n_head is 2 instead of 4"]
+
+
 def test_a_checkpoint_that_records_no_settings(tiny_encoder: Path, tiny_language_model: Path, tmp_path: Path) -> None:
     """As they were before: the tensors alone."""
     build(tiny_encoder, tiny_language_model)[0].save_pretrained(tmp_path)
@@ -216,7 +227,7 @@ def test_fingerprints() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 0))
     one = Fingerprint.of(module)
     assert one == Fingerprint.of(module) == Fingerprint.from_dict(json.loads(json.dumps(one.to_dict())))
-    assert len(one.digest) == 64 and set(one.tensors) == set(module.state_dict())
+    assert one.settings == {} and len(one.digest) == 64 and set(one.tensors) == set(module.state_dict())
     # Views, and tensors that are not contiguous, count by what they hold.
     module[0].weight.data = module[0].weight.data.T.contiguous().T
     assert Fingerprint.of(module).digest == one.digest
