@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ALL_CLIPS, ANSWERS, MIXED, build
 
 from steermoe import SteerMoEForConditionalGeneration
-from steermoe.checkpoints import CheckpointError
 from steermoe.fingerprint import Fingerprint
 from steermoe.loading import BackboneError
 from steermoe.preservation import verify
+from steermoe.run_checkpoints import CheckpointError
 
 Folder = Callable[[str], Path]
 PAIRS = [("whisper", "qwen2"), ("wav2vec2", "llama"), ("conformer", "mistral"), ("w2v_bert", "gemma"), ("whisper_generation", "gemma3")]
