@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..modules import FusedSteerMoE
-from .stream import pooled
+from .class_swap import swap
+from .stream import Steered, pooled
 
 PRIORITY = 0
 
@@ -38,6 +39,8 @@ def steer(encoder: nn.Module, aligner: FusedSteerMoE, pool: str | None, pool_siz
         member.register_forward_hook(SteerAfter(aligner, index, here, pool_size), prepend=True)
     if pool is not None:
         encoder.register_forward_pre_hook(NeedsEveryLayer(owner))
+    if isinstance(owner, nn.TransformerEncoder):
+        swap(owner, KeepsPadding)
 
 
 def width_of(encoder: nn.Module, members: list[nn.Module]) -> int | None:
@@ -50,6 +53,18 @@ def width_of(encoder: nn.Module, members: list[nn.Module]) -> int | None:
     widths = [{width for part in member.modules() if (width := _norm_width(part))} for member in members]
     shared = set.intersection(*widths) if widths else set()
     return shared.pop() if len(shared) == 1 else None
+
+
+class KeepsPadding(Steered):
+    """torch's ``TransformerEncoder``, steered. In evaluation it would take the padding out, and give its layers nested tensors."""
+
+    @property
+    def use_nested_tensor(self) -> bool:
+        return False
+
+    @use_nested_tensor.setter
+    def use_nested_tensor(self, value: bool) -> None:
+        self.__dict__["use_nested_tensor"] = value  # for when it is no longer steered
 
 
 class SteerAfter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import OrderedDict, namedtuple
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from encoder_oracle import Results, assert_same, differentiate, draw_aligner, fused_aligner, hooked, shake
 from torch import Tensor, nn
 
-from steermoe_kernels import FusedSteerMoE, reference, steer_encoder
+from steermoe_kernels import FusedSteerMoE, reference, steer_encoder, unsteer_encoder
 from steermoe_kernels.encoders import describe_encoder
 
 WIDTH, LAYERS, EXPERTS = 12, 3, 5
@@ -175,6 +176,32 @@ def test_hidden_states(name: str) -> None:
         ours(x, output_hidden_states=True).hidden_states, oracle(x, output_hidden_states=True).hidden_states, strict=True
     ):
         torch.testing.assert_close(state, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_padding_in_a_torch_encoder(frozen: bool) -> None:
+    """Without gradients, torch takes the padding out and runs the layers on nested tensors, which cannot be steered."""
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
+    encoder = made(lambda: nn.TransformerEncoder(layer, LAYERS)).requires_grad_(not frozen)
+    aligner, x = draw_aligner(WIDTH, EXPERTS, LAYERS), frames(2, 7, WIDTH)
+    heard = torch.arange(7) < torch.tensor([[7], [4]])
+
+    def run_heard(encoder: nn.Module, x: Tensor) -> Results:
+        return {"last": encoder(x, src_key_padding_mask=~heard)[heard]}
+
+    plain, attributes = run_heard(encoder, x)["last"], dict(encoder.__dict__)
+    ours = steer_encoder(copy.deepcopy(encoder), fused_aligner(aligner, torch.float64))
+    dense = copy.deepcopy(encoder)
+    dense.use_nested_tensor = False
+    oracle = hooked(dense, lambda e: e.layers, aligner, torch.float64)
+    for twin in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert_same(differentiate(twin, x, run_heard), differentiate(oracle, x, run_heard))
+        with torch.no_grad():
+            torch.testing.assert_close(run_heard(twin, x), run_heard(oracle, x), rtol=1e-10, atol=1e-10)
+        unsteer_encoder(twin)
+        assert type(twin) is type(encoder) and twin.__dict__.keys() == attributes.keys() and twin.use_nested_tensor
+        assert torch.equal(run_heard(twin, x)["last"], plain)
 
 
 def test_hooks_that_were_there_before_see_the_steered_stream() -> None:
