@@ -177,6 +177,7 @@ class FusedSteerMoE(nn.Module):
     def record_gates(self) -> Iterator[dict[int, Tensor]]:
         """A dict, layer -> gates (B, T, E), differentiable, filled by every pass inside the block; a layer's latest pass stays.
 
+        They lie as the layer's frames do: (T, B, E) where an encoder's layers take (T, B, D), as torch's do without ``batch_first``.
         Passes in other threads of the process are among them.
         """
         record: dict[int, Tensor] = {}

@@ -33,6 +33,11 @@ def layers(encoder: nn.Module) -> list[nn.Module]:
 
 def steer(encoder: nn.Module, aligner: FusedSteerMoE, pool: str | None, pool_size: int) -> None:
     owner, members = _find_layers(encoder)
+    if pool is not None and any(_is_time_first(member) for member in members):
+        raise ValueError(
+            f"the layers of {type(encoder).__name__} take (time, batch, width), by their nn.MultiheadAttention, and pooling needs "
+            "(batch, time, width): make them with batch_first=True, or pool what the encoder returns"
+        )
     for index, member in enumerate(members):
         here = pool if index == len(members) - 1 else None
         # Before the hooks that are there already, so that they see the steered stream.
@@ -142,6 +147,11 @@ def _are_layers(encoder: nn.Module, members: list[nn.Module]) -> bool:
         and any(isinstance(part, nn.Linear) and part.in_features == width for part in member.modules())
         for member in members
     )
+
+
+def _is_time_first(layer: nn.Module) -> bool:
+    """Whether the layer's frames are (T, B, D), as torch's attention takes them by default."""
+    return any(isinstance(part, nn.MultiheadAttention) and not part.batch_first for part in layer.children())
 
 
 def _norm_width(module: nn.Module) -> int | None:

@@ -299,6 +299,31 @@ def test_pooling_refuses_a_training_step_that_may_skip_the_last_layer() -> None:
     assert encoder.train()(x).last_hidden_state.shape[1] == 3
 
 
+def time_first_encoder() -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0), LAYERS, enable_nested_tensor=False)
+
+
+def test_layers_that_take_time_first_are_steered() -> None:
+    encoder = made(time_first_encoder)
+    aligner, x = draw_aligner(WIDTH, EXPERTS, LAYERS), frames(7, 2, WIDTH)
+    ours = steer_encoder(copy.deepcopy(encoder), fused_aligner(aligner, torch.float64))
+    with ours.steering.record_gates() as gates:
+        results = differentiate(ours, x, run)
+    assert_same(results, differentiate(hooked(encoder, lambda e: e.layers, aligner, torch.float64), x, run))
+    assert {gate.shape for gate in gates.values()} == {(7, 2, EXPERTS)}
+
+
+def test_layers_that_take_time_first_are_not_pooled() -> None:
+    encoder = made(time_first_encoder)
+    names, x = list(encoder.state_dict()), frames(7, 2, WIDTH)
+    plain = encoder(x)
+    aligner = FusedSteerMoE.for_encoder(encoder)
+    with pytest.raises(ValueError, match=r"TransformerEncoder take \(time, batch, width\).* pooling needs \(batch, time, width\)"):
+        steer_encoder(encoder, aligner, pool="max", pool_size=4)
+    assert list(encoder.state_dict()) == names and torch.equal(encoder(x), plain)
+    steer_encoder(encoder, aligner)
+
+
 def test_half_precision_streams_are_pooled_in_float32() -> None:
     encoder = made(ENCODERS["own"][0]).to(torch.bfloat16)
     encoder.norm = nn.Identity()
