@@ -31,7 +31,8 @@ def layers(encoder: nn.Module) -> list[nn.Module]:
     return _find_layers(encoder)[1]
 
 
-def steer(encoder: nn.Module, aligner: FusedSteerMoE, pool: str | None, pool_size: int) -> None:
+def steer(encoder: nn.Module, aligner: FusedSteerMoE, pool: str | None, pool_size: int, written: int | None = None) -> None:
+    """``written``: the layer into whose output the encoder writes, if there is one."""
     owner, members = _find_layers(encoder)
     if pool is not None and any(_is_time_first(member) for member in members):
         raise ValueError(
@@ -41,7 +42,7 @@ def steer(encoder: nn.Module, aligner: FusedSteerMoE, pool: str | None, pool_siz
     for index, member in enumerate(members):
         here = pool if index == len(members) - 1 else None
         # Before the hooks that are there already, so that they see the steered stream.
-        member.register_forward_hook(SteerAfter(aligner, index, here, pool_size), prepend=True)
+        member.register_forward_hook(SteerAfter(aligner, index, here, pool_size, index == written), prepend=True)
     if pool is not None:
         encoder.register_forward_pre_hook(NeedsEveryLayer(owner))
     if isinstance(owner, nn.TransformerEncoder):
@@ -73,10 +74,13 @@ class KeepsPadding(Steered):
 
 
 class SteerAfter:
-    """Forward hook: steers a layer's output, or the first of several outputs, and after the last layer pools it."""
+    """Forward hook: steers a layer's output, or the first of several outputs, and after the last layer pools it.
 
-    def __init__(self, aligner: FusedSteerMoE, layer: int, pool: str | None, pool_size: int) -> None:
-        self.aligner, self.layer, self.pool, self.pool_size = aligner, layer, pool, pool_size
+    ``written`` tells that the encoder writes into the output: it gets a copy then, where the backward needs the steered stream.
+    """
+
+    def __init__(self, aligner: FusedSteerMoE, layer: int, pool: str | None, pool_size: int, written: bool = False) -> None:
+        self.aligner, self.layer, self.pool, self.pool_size, self.written = aligner, layer, pool, pool_size, written
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
@@ -91,6 +95,8 @@ class SteerAfter:
 
     def _steer(self, h: Tensor) -> Tensor:
         y = self.aligner(h, self.layer)
+        if self.written and y.requires_grad:
+            y = y.clone()
         return y if self.pool is None else pooled(y, self.pool, self.pool_size)
 
 

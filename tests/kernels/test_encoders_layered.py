@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from collections import OrderedDict, namedtuple
 from typing import Any
@@ -176,6 +177,36 @@ def test_hidden_states(name: str) -> None:
         ours(x, output_hidden_states=True).hidden_states, oracle(x, output_hidden_states=True).hidden_states, strict=True
     ):
         torch.testing.assert_close(state, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_layers", [1, 4])
+@pytest.mark.parametrize("name", ["GraniteSpeech", "GraniteSpeechPlus"])
+def test_an_encoder_that_writes_into_a_layers_output(name: str, num_layers: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, f"{name}EncoderConfig"):
+        pytest.skip(f"this transformers has no {name}")
+    config = getattr(transformers, f"{name}EncoderConfig")(
+        input_dim=6,
+        num_layers=num_layers,
+        hidden_dim=WIDTH,
+        feedforward_mult=2,
+        num_heads=2,
+        dim_head=6,
+        output_dim=5,
+        context_size=4,
+        max_pos_emb=8,
+        conv_kernel_size=3,
+        dropout=0.0,
+    )
+    modeling = importlib.import_module(getattr(transformers, f"{name}PreTrainedModel").__module__)
+    encoder = made(lambda: getattr(modeling, f"{name}CTCEncoder")(config))
+    aligner, x = draw_aligner(WIDTH, EXPERTS, num_layers), frames(2, 11, 6)
+    ours = steer_encoder(copy.deepcopy(encoder), fused_aligner(aligner, torch.float64))
+    oracle = hooked(encoder, lambda e: e.layers, aligner, torch.float64)
+    assert_same(differentiate(ours, x, run), differentiate(oracle, x, run))
+    with torch.no_grad():
+        torch.testing.assert_close(run(ours, x), run(oracle, x), rtol=1e-10, atol=1e-10)
+    assert torch.equal(run(unsteer_encoder(ours), x)["last"], run(encoder, x)["last"])
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
