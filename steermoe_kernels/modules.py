@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -170,6 +172,8 @@ class FusedSteerMoE(nn.Module):
 
     def record(self, layer: int, gates: Tensor) -> None:
         """Hand the gates of a pass through ``layer`` to the open `record_gates` blocks."""
+        if self._records and not torch.is_grad_enabled():
+            _check_not_detached()
         for record in self._records:
             record[layer] = gates
 
@@ -178,7 +182,8 @@ class FusedSteerMoE(nn.Module):
         """A dict, layer -> gates (B, T, E), differentiable, filled by every pass inside the block; a layer's latest pass stays.
 
         They lie as the layer's frames do: (T, B, E) where an encoder's layers take (T, B, D), as torch's do without ``batch_first``.
-        Passes in other threads of the process are among them.
+        Passes in other threads of the process are among them. A pass in a reentrant checkpoint, whose gates would have no gradient where
+        one is wanted, raises RuntimeError.
         """
         record: dict[int, Tensor] = {}
         self._records.append(record)
@@ -195,6 +200,22 @@ class FusedSteerMoE(nn.Module):
             f"feature_dim={self.feature_dim}, num_experts={self.num_experts}, num_layers={self.num_layers}, top_k={self.top_k}, "
             f"renormalize={self.renormalize}, backend={self.backend!r}"
         )
+
+
+def _check_not_detached() -> None:
+    """RuntimeError inside an autograd function's forward, as a reentrant checkpoint's is, if gradients are wanted outside of it."""
+    if torch.compiler.is_compiling():
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        # The context is the function's node in the graph, which leads nowhere where no gradient is wanted.
+        context = frame.f_locals.get("ctx") if frame.f_code.co_varnames[:1] == ("ctx",) else None
+        if getattr(context, "next_functions", None):
+            raise RuntimeError(
+                "gates recorded in a reentrant checkpoint have no gradient, and a loss of them would do nothing: "
+                "checkpoint with use_reentrant=False, or record them in a pass under torch.no_grad()"
+            )
+        frame = frame.f_back
 
 
 def _eps(norm: Any, x: Tensor) -> float:

@@ -419,6 +419,22 @@ def test_gates_are_recorded() -> None:
     assert ours.steering.router.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gates_are_recorded_with_a_gradient_under_checkpoints_or_not_at_all(reentrant: bool) -> None:
+    ours, _ = pair(plain_encoder().train())
+    ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    with ours.steering.record_gates() as gates:
+        if reentrant:
+            with pytest.raises(RuntimeError, match="reentrant checkpoint have no gradient"):
+                ours(draw_input())
+        else:
+            ours(draw_input())
+            assert {gate.requires_grad for gate in gates.values()} == {True}
+        with torch.no_grad():
+            ours(draw_input())
+    assert sorted(gates) == list(range(LAYERS)) and not any(gate.requires_grad for gate in gates.values())
+
+
 def test_one_layer_called_by_itself() -> None:
     ours, oracle = pair(plain_encoder())
     h = torch.randn(2, 7, WIDTH, dtype=torch.float64).transpose(0, 1)
