@@ -34,6 +34,9 @@ class FusedSteerMoE(nn.Module):
     Parameters, named as in public checkpoints: ``steering_vectors`` (L, E, D) drawn from 0.01 N(0, 1); ``router``, a
     Linear(D, L * E); ``layer_scales`` (L,), each ``steering_scale``; ``prompt_proj``, a Linear(D, output_dim), or None.
 
+    ``router`` and ``prompt_proj`` are read, not called: parametrizations, pruning and torch's older weight_norm and spectral_norm work;
+    other hooks on the two are not run; one whose weight is no tensor, such as a quantized Linear, raises TypeError when it is read.
+
     ``top_k`` None routes densely. ``backend`` is "auto" or one of `available_backends()`. The parameters may stay in float32 while the
     stream is in half precision. Raises ValueError for sizes below one and ``top_k`` outside 1 .. E, TypeError for arguments of another
     kind, and as `get_backend`.
@@ -108,16 +111,29 @@ class FusedSteerMoE(nn.Module):
 
     def layer_parameters(self) -> list[LayerParameters]:
         """Every layer's slices, cut once: their gradients are stacked once, instead of L zero-padded ones being added up."""
-        rows = self.router.weight.view(self.num_layers, self.num_experts, self.feature_dim).unbind()
-        biases = self.router.bias.view(self.num_layers, self.num_experts).unbind()
+        router = self.router
+        if router._forward_pre_hooks:
+            _make_weight(router)
+        try:
+            rows = router.weight.view(self.num_layers, self.num_experts, self.feature_dim).unbind()
+            biases = router.bias.view(self.num_layers, self.num_experts).unbind()
+        except AttributeError:
+            _check_tensors("router", weight=router.weight, bias=router.bias)
+            raise
         slices = zip(rows, biases, self.steering_vectors.unbind(), self.layer_scales.unbind(), strict=True)
         return [LayerParameters(*layer) for layer in slices]
 
     def layer(self, layer: int) -> LayerParameters:
         """The slices of one layer. IndexError if there is no such layer."""
         check_layer(layer, self.num_layers)
-        rows = slice(layer * self.num_experts, (layer + 1) * self.num_experts)
-        return LayerParameters(self.router.weight[rows], self.router.bias[rows], self.steering_vectors[layer], self.layer_scales[layer])
+        router, rows = self.router, slice(layer * self.num_experts, (layer + 1) * self.num_experts)
+        if router._forward_pre_hooks:
+            _make_weight(router)
+        try:
+            return LayerParameters(router.weight[rows], router.bias[rows], self.steering_vectors[layer], self.layer_scales[layer])
+        except TypeError:
+            _check_tensors("router", weight=router.weight, bias=router.bias)
+            raise
 
     def forward(self, h: Tensor, layer: int = 0, *, return_gates: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Steer ``h`` (..., D) with the experts of ``layer``; with ``return_gates`` also the gates (..., E)."""
@@ -166,9 +182,12 @@ class FusedSteerMoE(nn.Module):
 
     def project(self, h: Tensor) -> Tensor:
         """Project pooled, normalised frames (..., D) to the language model's width (..., output_dim). ValueError without a projection."""
-        if self.prompt_proj is None:
+        proj = self.prompt_proj
+        if proj is None:
             raise ValueError("this aligner has no projection: give output_dim when making it")
-        return SF.project(h, self.prompt_proj.weight, self.prompt_proj.bias)
+        _make_weight(proj)
+        _check_tensors("prompt_proj", weight=proj.weight)
+        return SF.project(h, proj.weight, proj.bias)
 
     def record(self, layer: int, gates: Tensor) -> None:
         """Hand the gates of a pass through ``layer`` to the open `record_gates` blocks."""
@@ -200,6 +219,19 @@ class FusedSteerMoE(nn.Module):
             f"feature_dim={self.feature_dim}, num_experts={self.num_experts}, num_layers={self.num_layers}, top_k={self.top_k}, "
             f"renormalize={self.renormalize}, backend={self.backend!r}"
         )
+
+
+def _make_weight(linear: nn.Module) -> None:
+    """Run the hooks in which torch's pruning, and its older weight_norm and spectral_norm, make the weight anew for each forward."""
+    for hook in linear._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            hook(linear, ())  # none of them looks at the input
+
+
+def _check_tensors(name: str, **tensors: object) -> None:
+    for part, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}.{part} must be a tensor, got {type(tensor).__name__}: FusedSteerMoE reads it and never calls {name}")
 
 
 def _check_not_detached() -> None:

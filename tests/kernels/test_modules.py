@@ -14,6 +14,7 @@ import torch
 from closeness import assert_as_accurate
 from problems import dtypes_of
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from steermoe_kernels import FusedSteerMoE, reference
@@ -193,6 +194,65 @@ def test_steer_norm_takes_an_rms_norm(backend: str, device: torch.device, eps: f
     torch.testing.assert_close(aligner.steer_norm(x, 1, T5RMSNorm())[1], expected)
     T5RMSNorm.__name__ = "T5LayerNorm"  # what transformers calls it, although it takes no mean off
     torch.testing.assert_close(aligner.steer_norm(x, 1, T5RMSNorm())[1], expected)
+
+
+# --- router and prompt_proj that are not plain ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+        nn.utils.weight_norm,
+        lambda linear: nn.utils.spectral_norm(linear.eval()),  # in training, each forward takes the weight further
+        nn.utils.parametrizations.weight_norm,
+    ],
+    ids=["pruned", "weight_norm", "spectral_norm", "parametrized"],
+)
+def test_weights_that_are_made_for_each_forward(backend: str, device: torch.device, change: Callable[[nn.Module], object]) -> None:
+    aligner, h = _aligner(backend, device), _frames(device)
+    for linear in (aligner.router, aligner.prompt_proj):
+        change(linear)
+    optimizer = torch.optim.SGD(aligner.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        y, _ = SF.steer(h, *aligner.layer_parameters()[1], backend=backend)
+        q, routed = aligner.project(aligner(y, 0)), aligner(h, 2, return_gates=True)[1]
+        (q.square().sum() + routed.square().sum()).backward()
+        gradients = [parameter.grad for name, parameter in aligner.named_parameters() if parameter.numel() > 1]
+        assert all(gradient is not None and gradient.any() for gradient in gradients)
+        optimizer.step()
+    cut, gates, q = aligner.layer_parameters()[1].weight, aligner(h, 1, return_gates=True)[1], aligner.project(h)
+    logits = aligner.router(h).unflatten(-1, (LAYERS, EXPERTS))[..., 1, :]
+    torch.testing.assert_close(gates, logits.softmax(-1))
+    torch.testing.assert_close(q, aligner.prompt_proj(h))
+    assert torch.equal(cut, aligner.layer(1).weight)
+
+
+def test_other_hooks_are_not_run() -> None:
+    aligner, h = _aligner("auto"), _frames()
+    y = aligner(h, 1)
+    aligner.router.register_forward_pre_hook(lambda *_: pytest.fail("the router is not called"))
+    assert torch.equal(aligner(h, 1), y) and len(aligner.layer_parameters()) == LAYERS
+
+
+class MethodsForWeights(nn.Module):
+    """As torch's quantized Linear has them."""
+
+    def weight(self) -> None: ...
+
+    def bias(self) -> None: ...
+
+
+def test_a_router_or_projection_without_a_weight_to_read() -> None:
+    aligner = _aligner("auto")
+    aligner.router = aligner.prompt_proj = MethodsForWeights()  # type: ignore[assignment]
+    for call in (lambda: aligner(_frames(), 1), aligner.layer_parameters):
+        with pytest.raises(TypeError, match=r"router\.weight must be a tensor, got method"):
+            call()
+    with pytest.raises(TypeError, match=r"prompt_proj\.weight must be a tensor, got method"):
+        aligner.project(_frames())
 
 
 # --- project ----------------------------------------------------------------------------------------------------------------------------
