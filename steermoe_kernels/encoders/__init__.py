@@ -63,8 +63,8 @@ def steer_encoder(encoder: nn.Module, aligner: FusedSteerMoE, *, pool: str | Non
     norm follows: (B, T, D) becomes (B, ceil(T / pool_size), D).
 
     Raises, before anything is changed: TypeError for arguments of another kind; ValueError for a bad ``pool`` or ``pool_size``, an
-    encoder without layers to steer, an aligner with another width or number of layers or on another device, pooling where the layers take
-    (T, B, D); RuntimeError for an encoder that is steered already, as a whole or in part.
+    encoder without layers to steer or with layers of several widths, an aligner with another width or number of layers or on another
+    device, pooling where the layers take (T, B, D); RuntimeError for an encoder that is steered already, as a whole or in part.
     """
     _check_module(encoder)
     if not isinstance(aligner, FusedSteerMoE):

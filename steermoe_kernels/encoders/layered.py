@@ -27,8 +27,10 @@ def takes(encoder: nn.Module) -> bool:
 
 
 def layers(encoder: nn.Module) -> list[nn.Module]:
-    """The layers to steer. ValueError if there are none, or if it is not clear which they are."""
-    return _find_layers(encoder)[1]
+    """The layers to steer. ValueError if there are none, if it is not clear which they are, or if they return streams of several widths."""
+    members = _find_layers(encoder)[1]
+    _check_one_width(encoder, members)
+    return members
 
 
 def steer(encoder: nn.Module, aligner: FusedSteerMoE, pool: str | None, pool_size: int, written: int | None = None) -> None:
@@ -56,7 +58,7 @@ def width_of(encoder: nn.Module, members: list[nn.Module]) -> int | None:
         width = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
         if isinstance(width, int):
             return width
-    widths = [{width for part in member.modules() if (width := _norm_width(part))} for member in members]
+    widths = [_norm_widths(member) for member in members]
     shared = set.intersection(*widths) if widths else set()
     return shared.pop() if len(shared) == 1 else None
 
@@ -155,9 +157,31 @@ def _are_layers(encoder: nn.Module, members: list[nn.Module]) -> bool:
     )
 
 
+def _check_one_width(encoder: nn.Module, members: list[nn.Module]) -> None:
+    """ValueError for stages, as Swin's, of which some return another width than the encoder's.
+
+    Their norms tell: where each layer has some, and not each has one of the encoder's width, a layer must end in a Linear of that width, as
+    the stage before the last does, or have a square one.
+    """
+    width, norms = width_of(encoder, members), [_norm_widths(member) for member in members]
+    if width is None or not all(norms) or all(width in widths for widths in norms):
+        return
+    for index, member in enumerate(members):
+        linears = [(part.in_features, part.out_features) for part in member.modules() if isinstance(part, nn.Linear)]
+        if linears and (width, width) not in linears and linears[-1][1] != width:
+            raise ValueError(
+                f"{type(encoder).__name__} has width {width}, but its layer {index} returns another ({linears[-1][1]}, it seems): "
+                "an aligner has one width for all layers"
+            )
+
+
 def _is_time_first(layer: nn.Module) -> bool:
     """Whether the layer's frames are (T, B, D), as torch's attention takes them by default."""
     return any(isinstance(part, nn.MultiheadAttention) and not part.batch_first for part in layer.children())
+
+
+def _norm_widths(layer: nn.Module) -> set[int]:
+    return {width for part in layer.modules() if (width := _norm_width(part))}
 
 
 def _norm_width(module: nn.Module) -> int | None:

@@ -446,3 +446,51 @@ def test_a_width_that_only_the_config_tells() -> None:
     assert describe_encoder(encoder).feature_dim == WIDTH
     with pytest.raises(ValueError, match="width 12, the aligner has 7"):
         steer_encoder(encoder, FusedSteerMoE(7, 4, 1))
+
+
+def swin(stages: int) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[1] * stages, num_heads=[2] * stages, window_size=2, drop_path_rate=0.0
+    )
+    return transformers.SwinModel(config)
+
+
+@pytest.mark.parametrize("stages", [3, 4])
+def test_stages_of_several_widths(stages: int) -> None:
+    encoder = swin(stages)
+    names = list(encoder.state_dict())
+    with pytest.raises(ValueError, match=rf"SwinModel has width {8 * 2 ** (stages - 1)}, but its layer 0 returns another \(16, it seems\)"):
+        FusedSteerMoE.for_encoder(encoder)
+    with pytest.raises(ValueError, match="an aligner has one width for all layers"):
+        steer_encoder(encoder, FusedSteerMoE(encoder.config.hidden_size, 4, stages))
+    assert list(encoder.state_dict()) == names
+
+
+def test_two_stages_return_one_width() -> None:
+    """The first doubles its width on its way out."""
+    encoder = swin(2).eval()
+    plain = run(encoder, x := frames(1, 3, 32, 32).float())["last"]
+    steer_encoder(encoder, FusedSteerMoE.for_encoder(encoder, 4, steering_scale=3.0))
+    with encoder.steering.record_gates() as gates:
+        assert not torch.equal(run(encoder, x)["last"], plain)
+    assert sorted(gates) == [0, 1]
+
+
+class ByHead(nn.Module):
+    """A layer whose only norm, by its class's name, is over the width of a head; ``last`` is what it registers last."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.query, self.head_norm, self.last = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH // 2), last
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.head_norm(self.query(h).unflatten(-1, (2, -1))).flatten(-2)
+
+
+@pytest.mark.parametrize("last", [nn.Linear(WIDTH, 3), nn.Linear(3, WIDTH), nn.Identity()], ids=str)
+def test_norms_of_a_heads_width_only(last: nn.Module) -> None:
+    encoder = Stack(ByHead(last), ByHead(last))
+    encoder.config = {"hidden_size": WIDTH}
+    steer_encoder(encoder, FusedSteerMoE.for_encoder(encoder, 4))
+    assert encoder(frames(2, 5, WIDTH).float()).shape == (2, 5, WIDTH)
