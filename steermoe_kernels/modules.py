@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -189,10 +187,13 @@ class FusedSteerMoE(nn.Module):
         _check_tensors("prompt_proj", weight=proj.weight)
         return SF.project(h, proj.weight, proj.bias)
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether a `record_gates` block is open."""
+        return bool(self._records)
+
     def record(self, layer: int, gates: Tensor) -> None:
         """Hand the gates of a pass through ``layer`` to the open `record_gates` blocks."""
-        if self._records and not torch.is_grad_enabled():
-            _check_not_detached()
         for record in self._records:
             record[layer] = gates
 
@@ -201,8 +202,8 @@ class FusedSteerMoE(nn.Module):
         """A dict, layer -> gates (B, T, E), differentiable, filled by every pass inside the block; a layer's latest pass stays.
 
         They lie as the layer's frames do: (T, B, E) where an encoder's layers take (T, B, D), as torch's do without ``batch_first``.
-        Passes in other threads of the process are among them. A pass in a reentrant checkpoint, whose gates would have no gradient where
-        one is wanted, raises RuntimeError.
+        Passes in other threads of the process are among them. In a reentrant checkpoint gates have no gradient: steered encoders that make
+        such checkpoints raise RuntimeError, those made by hand cannot tell.
         """
         record: dict[int, Tensor] = {}
         self._records.append(record)
@@ -232,22 +233,6 @@ def _check_tensors(name: str, **tensors: object) -> None:
     for part, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}.{part} must be a tensor, got {type(tensor).__name__}: FusedSteerMoE reads it and never calls {name}")
-
-
-def _check_not_detached() -> None:
-    """RuntimeError inside an autograd function's forward, as a reentrant checkpoint's is, if gradients are wanted outside of it."""
-    if torch.compiler.is_compiling():
-        return
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        # The context is the function's node in the graph, which leads nowhere where no gradient is wanted.
-        context = frame.f_locals.get("ctx") if frame.f_code.co_varnames[:1] == ("ctx",) else None
-        if getattr(context, "next_functions", None):
-            raise RuntimeError(
-                "gates recorded in a reentrant checkpoint have no gradient, and a loss of them would do nothing: "
-                "checkpoint with use_reentrant=False, or record them in a pass under torch.no_grad()"
-            )
-        frame = frame.f_back
 
 
 def _eps(norm: Any, x: Tensor) -> float:

@@ -162,17 +162,24 @@ def begin_pass(aligner: FusedSteerMoE, layers: Iterable[nn.Module]) -> EncoderPa
     return EncoderPass(aligner.layer_parameters(), unobserved)
 
 
-def enter_checkpoints(layers: Iterable[Any], x: Tensor) -> Tensor:
+def enter_checkpoints(aligner: FusedSteerMoE, layers: Iterable[Any], x: Tensor) -> Tensor:
     """The encoder's input ``x``, requiring a gradient if ``layers`` are transformers' under reentrant checkpoints, else as it is.
 
-    Such a checkpoint gives no gradient to what is inside it, the aligner, unless something that enters it requires one.
+    Such a checkpoint gives no gradient to what is inside it, the aligner, unless something that enters it requires one; and none to gates
+    that leave it aside, so RuntimeError where they are being recorded.
     """
-    if x.requires_grad or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return x
     active = (layer for layer in layers if layer.training and getattr(layer, "gradient_checkpointing", False))
     functions = [layer._gradient_checkpointing_func for layer in active]
-    reentrant = any(getattr(function, "keywords", {}).get("use_reentrant", True) is not False for function in functions)
-    return x.detach().requires_grad_() if reentrant else x
+    if all(getattr(function, "keywords", {}).get("use_reentrant", True) is False for function in functions):
+        return x
+    if aligner.is_recording:
+        raise RuntimeError(
+            "gates recorded in a reentrant checkpoint have no gradient, and a loss of them would do nothing: "
+            "checkpoint with use_reentrant=False, or record them in a pass under torch.no_grad()"
+        )
+    return x if x.requires_grad else x.detach().requires_grad_()
 
 
 def all_distinct(*modules: Iterable[nn.Module]) -> bool:

@@ -118,7 +118,7 @@ class SteeredWhisperEncoder(Steered):
                 f"attention_mask must be (batch, frames), {(input_features.shape[0], input_features.shape[2])}, "
                 f"got {tuple(attention_mask.shape)}"
             )
-        input_features = enter_checkpoints(self.layers, input_features)
+        input_features = enter_checkpoints(self.steering, self.layers, input_features)
         kwargs["encoder_pass"] = begin_pass(self.steering, self.layers)
         if input_features.shape[2] == longest and attention_mask is None:
             output = super().forward(input_features, **kwargs)

@@ -15,7 +15,6 @@ from closeness import assert_as_accurate
 from problems import dtypes_of
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.utils.checkpoint import checkpoint
 
 from steermoe_kernels import FusedSteerMoE, reference
 from steermoe_kernels import functional as SF
@@ -339,39 +338,6 @@ def test_a_record_that_ends_in_an_error(backend: str, device: torch.device) -> N
         raise ZeroDivisionError
     aligner(h, 1)
     assert set(gates) == {0}
-
-
-def test_a_reentrant_checkpoint_does_not_record_gates_without_a_gradient(backend: str, device: torch.device) -> None:
-    aligner, h = _aligner(backend, device), _frames(device).requires_grad_()
-
-    def block(h: Tensor) -> Tensor:
-        return aligner(aligner(h, 0), 1)
-
-    with aligner.record_gates() as gates:
-        with pytest.raises(RuntimeError, match=r"reentrant checkpoint have no gradient.*use_reentrant=False"):
-            checkpoint(block, h, use_reentrant=True)
-        assert not gates
-        for wanted, reentrant in ((True, False), (False, False), (False, True)):  # where no gradient is wanted, none is missing
-            with torch.set_grad_enabled(wanted):
-                checkpoint(block, h, use_reentrant=reentrant)
-            assert set(gates) == {0, 1} and {gate.requires_grad for gate in gates.values()} == {wanted}
-            gates.clear()
-    y = checkpoint(block, h, use_reentrant=True)
-    with aligner.record_gates() as gates:
-        y.sum().backward()  # runs the block again, with a graph of its own
-    assert {gate.requires_grad for gate in gates.values()} == {True}
-
-
-def test_gates_of_a_compiled_pass_without_gradients() -> None:
-    aligner, h = _aligner("auto"), _frames()
-
-    def run(h: Tensor) -> tuple[Tensor, Tensor]:
-        with aligner.record_gates() as gates:
-            return aligner(h, 0), gates[0]
-
-    with torch.no_grad():
-        y, gate = torch.compile(run, backend="eager")(h)
-    assert torch.equal(y, aligner(h, 0)) and torch.equal(gate, aligner(h, 0, return_gates=True)[1])
 
 
 # --- copies and conversions -------------------------------------------------------------------------------------------------------------
