@@ -23,7 +23,7 @@ struct BackwardShared {
   STEER_BOTH explicit BackwardShared(int experts, bool holds, int width)
       : a_stride(experts), table(table_stride(experts)), experts_(experts), sums_(holds ? 2 * width : 0) {}
   STEER_BOTH int partials() const { return 0; }
-  STEER_BOTH int a() const { return partials() + kWarps * kRows * kPartialStride; }
+  STEER_BOTH int a() const { return partials() + kPartials; }
   STEER_BOTH int g() const { return round_up(a() + kRows * a_stride, 4); }
   STEER_BOTH int dz() const { return g() + kRows * table; }
   STEER_BOTH int numbers() const { return dz() + kRows * table; }

@@ -1,7 +1,7 @@
 // Entry points of the CUDA backend.
 //
 // Calls wait for nothing and allocate nothing, so that a CUDA graph can capture them; what a backward needs besides its results is one
-// workspace, which the caller owns. They throw std::runtime_error, with the kernel's name, for whatever CUDA refuses.
+// workspace, which the caller owns, aligned to 16 bytes. They throw std::runtime_error, with the kernel's name, for whatever CUDA refuses.
 #pragma once
 
 #include <cstdint>

@@ -20,6 +20,10 @@ struct BFloat16 {
 struct alignas(16) Words {
   std::uint32_t at[4];
 };
+// Two neighbours of a table of floats, the first at an even place: one access, where one each would meet every bank twice.
+struct alignas(8) Pair {
+  float first, second;
+};
 
 }  // namespace steer::cuda
 
@@ -117,6 +121,22 @@ STEER_DEVICE Words read_shared(const Words* address) {
 }
 STEER_DEVICE void write(Words* address, const Words& value) {
   *reinterpret_cast<uint4*>(address) = make_uint4(value.at[0], value.at[1], value.at[2], value.at[3]);
+}
+
+// To shared memory, and in one piece: a plain write the compiler may cut into some of a word each, which meet every bank several times.
+STEER_DEVICE void write_shared(Words* address, const Words& value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(address))),
+               "r"(value.at[0]), "r"(value.at[1]), "r"(value.at[2]), "r"(value.at[3])
+               : "memory");
+}
+STEER_DEVICE void write_pair(float* address, const Pair& value) {
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(address))), "f"(value.first),
+               "f"(value.second)
+               : "memory");
+}
+STEER_DEVICE Pair read_pair(const float* address) {
+  const float2 value = *reinterpret_cast<const float2*>(address);
+  return {value.x, value.y};
 }
 
 // Four matrices of 8 x 8 16-bit numbers from shared memory, each turned over: lane l gives the address of row l % 8 of matrix l / 8, and

@@ -28,7 +28,7 @@ struct ForwardShared {
         g_stride(table_stride(static_cast<int>(problem.experts))),
         gammas_(norms_in_registers(problem) ? 2 * static_cast<int>(problem.width) : 0) {}
   STEER_BOTH int partials() const { return 0; }
-  STEER_BOTH int z() const { return partials() + kWarps * kRows * kPartialStride; }
+  STEER_BOTH int z() const { return partials() + kPartials; }
   STEER_BOTH int g() const { return z() + kRows * z_stride; }
   STEER_BOTH int gamma() const { return round_up(g() + kRows * g_stride, 4); }  // then beta
   STEER_BOTH int end() const { return gamma() + gammas_; }                      // floats; the tiles start on 16 bytes
@@ -216,6 +216,7 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forwa
       if constexpr (kExactly) {
         if (has_residual) add_exactly(r, span.frames, column, width, sums);
         add_exactly(x, span.frames, column, width, sums);
+        if (norms) sync_warp();  // y may come where lanes beyond the last frame or column have read another's numbers
       }
     };
     const auto steered = [&](int row, int column, float (&y)[8]) {
@@ -237,7 +238,7 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_forward_kernel(const Forwa
     // Where a norm follows, y takes x's place in the tile, rounded: the norm reads it as it is stored, for the backward has nothing else.
     if (norms)
       mix<kFine>(g, shared.g_stride, span.frames, V, experts, width, onto,
-                 [&](int row, int column, float (&y)[8]) { write_chunk(x.at(row, column), steered(row, column, y)); });
+                 [&](int row, int column, float (&y)[8]) { write_shared_chunk(x.at(row, column), steered(row, column, y)); });
     else
       mix<kFine>(g, shared.g_stride, span.frames, V, experts, width, onto, [&](int row, int column, float (&y)[8]) {
         write_chunk(static_cast<S*>(call.y) + (span.first + row) * width + column, steered(row, column, y));

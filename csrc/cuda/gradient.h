@@ -82,12 +82,12 @@ STEER_DEVICE void window_means(const Backward& call, const S* y, int stride, int
 template <typename S>
 STEER_DEVICE void write_gradient(Tile<S> first, Tile<S> second, int row, int at, const float (&d)[8]) {
   if constexpr (std::is_same_v<S, float>) {
-    write_chunk(first.at(row, at), narrow_chunk<float>(d));
+    write_shared_chunk(first.at(row, at), narrow_chunk<float>(d));
   } else {
     std::uint32_t parts[2][4];
     neighbours<2>(narrow_chunk<float>(d), parts);
-    write(reinterpret_cast<Words*>(first.at(row, at)), {{parts[0][0], parts[0][1], parts[0][2], parts[0][3]}});
-    if (second.exists) write(reinterpret_cast<Words*>(second.at(row, at)), {{parts[1][0], parts[1][1], parts[1][2], parts[1][3]}});
+    write_shared(reinterpret_cast<Words*>(first.at(row, at)), {{parts[0][0], parts[0][1], parts[0][2], parts[0][3]}});
+    if (second.exists) write_shared(reinterpret_cast<Words*>(second.at(row, at)), {{parts[1][0], parts[1][1], parts[1][2], parts[1][3]}});
   }
 }
 
@@ -261,16 +261,19 @@ STEER_DEVICE void clear(float* from, int count) {
   for (int k = thread_index(); k < count; k += kThreads) from[k] = 0.0f;
 }
 
-// One step's sums of the first eight experts to a partial (E, columns).
+// One step's sums of the first eight experts to a partial (E, columns): a lane has eight neighbours of two experts' rows.
 STEER_DEVICE void write_outer(float* partial, int experts, int width, int column, const float (&sums)[4][4]) {
   const int i = thread_index() % kWarpSize / 4, q = thread_index() % 4;
+  const int at = column + 8 * i;
 #pragma unroll
-  for (int t = 0; t < 4; ++t)
+  for (int k = 0; k < 2; ++k) {
+    const int e = 2 * q + k;
+    if (e >= experts || at >= width) continue;  // the width is a multiple of eight
+    Words* to = reinterpret_cast<Words*>(partial + static_cast<std::int64_t>(e) * width + at);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int e = 2 * q + c % 2, at = column + 8 * i + 2 * t + c / 2;
-      if (e < experts && at < width) partial[static_cast<std::int64_t>(e) * width + at] = sums[t][c];
-    }
+    for (int w = 0; w < 2; ++w)
+      write(to + w, {{bits_of(sums[2 * w][k]), bits_of(sums[2 * w][2 + k]), bits_of(sums[2 * w + 1][k]), bits_of(sums[2 * w + 1][2 + k])}});
+  }
 }
 
 }  // namespace steer::cuda

@@ -52,7 +52,7 @@ STEER_DEVICE void write_parts(const Chunk<float>& chunk, char* place, char* thir
   neighbours<Parts>(chunk, parts);
 #pragma unroll
   for (int p = 0; p < Parts; ++p)
-    write(reinterpret_cast<Words*>(p < 2 ? place + 16 * p : third), {{parts[p][0], parts[p][1], parts[p][2], parts[p][3]}});
+    write_shared(reinterpret_cast<Words*>(p < 2 ? place + 16 * p : third), {{parts[p][0], parts[p][1], parts[p][2], parts[p][3]}});
 }
 
 // sums [k][4] += h^T c over 16 frames: columns i (c < 2) and i + 8, experts 8 k + 2 q + c % 2, for k < Count from `From` on: so many
@@ -274,8 +274,8 @@ STEER_KERNEL STEER_THREADS(kThreads, Groups <= kFewGroups ? kResident : 1)
           } else if constexpr (kStreamParts == 2) {
             std::uint32_t parts[2][4];
             neighbours<2>(chunk, parts);
-            write(reinterpret_cast<Words*>(place), {{parts[0][0], parts[0][1], parts[0][2], parts[0][3]}});
-            write(reinterpret_cast<Words*>(plane(0, row)), {{parts[1][0], parts[1][1], parts[1][2], parts[1][3]}});
+            write_shared(reinterpret_cast<Words*>(place), {{parts[0][0], parts[0][1], parts[0][2], parts[0][3]}});
+            write_shared(reinterpret_cast<Words*>(plane(0, row)), {{parts[1][0], parts[1][1], parts[1][2], parts[1][3]}});
           }
         }
       }

@@ -74,6 +74,12 @@ STEER_DEVICE void write_chunk(T* address, const Chunk<T>& chunk) {
   for (int w = 0; w < Chunk<T>::kWords; ++w) write(reinterpret_cast<Words*>(address) + w, chunk.words[w]);
 }
 
+template <typename T>
+STEER_DEVICE void write_shared_chunk(T* address, const Chunk<T>& chunk) {
+#pragma unroll
+  for (int w = 0; w < Chunk<T>::kWords; ++w) write_shared(reinterpret_cast<Words*>(address) + w, chunk.words[w]);
+}
+
 template <typename T, bool fine>
 constexpr int kParts = std::is_same_v<T, BFloat16> ? 1
                        : std::is_same_v<T, Half>   ? 2

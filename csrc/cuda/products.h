@@ -28,7 +28,8 @@ constexpr int kExpertGroup = 32;  // experts whose sums a warp holds at once
 
 STEER_BOTH constexpr int round_up(int value, int to) { return (value + to - 1) / to * to; }
 
-// A table c (16, E) in shared memory, padded with zeros to whole products; rows lie eight banks apart.
+// A table c (16, E) in shared memory, padded with zeros to whole products; rows lie eight banks apart. It starts at an even place, as its
+// rows do, for `mix` reads pairs.
 STEER_BOTH constexpr int table_stride(int experts) { return round_up(experts, 16) + 8; }
 
 // Rows of a tile, this far apart: 64 bytes more than whole lines, so that two rows read at once meet different banks.
@@ -111,9 +112,12 @@ STEER_DEVICE void dots(Tile<S> first_tile, Tile<S> second_tile, int rows, const 
   }
 }
 
-// z (16, E) = h P^T into a table in shared memory, by all warps; `partials` (warps, 16, 33) is scratch. Ends with a barrier.
-constexpr int kPartialStride = kExpertGroup + 1;
+// Where the warps' partial sums of a frame and an expert lie, (warps, 16, 32): of four rows, eights of experts in four orders, so that the
+// rows' pairs, or eights, meet every bank once.
+constexpr int kPartials = kWarps * kRows * kExpertGroup;
+STEER_DEVICE int partial_at(int row, int expert) { return row * kExpertGroup + (expert ^ (8 * (row & 3))); }
 
+// z (16, E) = h P^T into a table in shared memory, by all warps; `partials` (kPartials) is scratch. Ends with a barrier.
 template <typename M, bool fine, typename S, typename P>
 STEER_DEVICE void block_dots(Tile<S> first_tile, Tile<S> second_tile, int rows, const P* parameter, int experts, int width, float* partials,
                              float* z, int z_stride) {
@@ -130,7 +134,8 @@ STEER_DEVICE void block_dots(Tile<S> first_tile, Tile<S> second_tile, int rows, 
     for (int j = 0; j < 4; ++j) {
       if (first + 8 * j >= experts) break;
 #pragma unroll
-      for (int c = 0; c < 4; ++c) partials[(warp * kRows + i + 8 * (c / 2)) * kPartialStride + 8 * j + 2 * q + c % 2] = sums[j][c];
+      for (int half = 0; half < 2; ++half)
+        write_pair(partials + partial_at(warp * kRows + i + 8 * half, 8 * j + 2 * q), {sums[j][2 * half], sums[j][2 * half + 1]});
     }
     sync_block();
     const int group = experts - first <= 8 ? 8 : kExpertGroup;
@@ -140,7 +145,7 @@ STEER_DEVICE void block_dots(Tile<S> first_tile, Tile<S> second_tile, int rows, 
       if (first + e >= experts) continue;
       float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += partials[(w * kRows + row) * kPartialStride + e];
+      for (int w = 0; w < kWarps; ++w) sum += partials[partial_at(w * kRows + row, e)];
       z[row * z_stride + first + e] = sum;
     }
     sync_block();
@@ -185,7 +190,8 @@ STEER_DEVICE void mix(const float* table, int stride, int rows, const P* paramet
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float* c = table + (i + 8 * half) * stride + e;
-          split_pair(c[0], c[1], a[k][half]);
+          const Pair pair = fine ? Pair{c[0], c[1]} : read_pair(c);  // a pair's neighbouring registers are one too many for three parts
+          split_pair(pair.first, pair.second, a[k][half]);
         }
         const P* row = parameter + static_cast<std::int64_t>(e) * width + column;
         across<kB>(e < experts ? read_only_chunk(row) : zero_chunk<P>(), e + 1 < experts ? read_only_chunk(row + width) : zero_chunk<P>(),

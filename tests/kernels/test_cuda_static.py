@@ -129,7 +129,7 @@ def test_the_instructions_that_were_meant(module: Path, kernels: list[Kernel]) -
     for key, found in counts.items():
         assert total(found, r"HMMA\..*") >= 32, f"{key}: {found}"
         assert total(found, r"LDGSTS\.E\..*128.*") >= 1, f"{key}: {found}"
-        assert total(found, r"LDS\.128") >= 8, f"{key}: {found}"
+        assert total(found, r"LDS\.128") >= 8 and total(found, r"STS\.128") >= 8, f"{key}: {found}"
         assert total(found, r"LDG\.E\.128.*") >= 1, f"{key}: {found}"
         if "parameters" in key[1]:  # operands turned over as they are read
             assert total(found, r"LDSM\.16\.MT88\.4") >= 8, f"{key}: {found}"

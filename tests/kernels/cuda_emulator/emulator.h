@@ -152,6 +152,23 @@ inline void write(Words* address, const Words& value) {
   *address = value;
 }
 
+inline void write_shared(Words* address, const Words& value) {
+  emulator::check_shared(address, sizeof(Words));
+  write(address, value);
+}
+inline void check_pair(const float* address) {
+  if (reinterpret_cast<std::uintptr_t>(address) % sizeof(Pair) != 0) throw std::runtime_error("a pair at an address that is not aligned");
+  emulator::check_shared(address, sizeof(Pair));
+}
+inline Pair read_pair(const float* address) {
+  check_pair(address);
+  return {address[0], address[1]};
+}
+inline void write_pair(float* address, const Pair& value) {
+  check_pair(address);
+  address[0] = value.first, address[1] = value.second;
+}
+
 inline void copy_async(void* shared, const void* global) {
   check_alignment(shared);
   check_alignment(global);
