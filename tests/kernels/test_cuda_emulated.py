@@ -44,7 +44,7 @@ class Device:
     """The emulated GPU: its backend module's compiled part, and its controls."""
 
     def __init__(self, library: Path) -> None:
-        spec = importlib.util.spec_from_file_location("_cuda_emulated", library)
+        spec = importlib.util.spec_from_file_location(library.stem, library)
         assert spec is not None and spec.loader is not None
         self.core = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.core)
