@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from machine import DEVICE, copy_bandwidth, describe
-from timing import Work, advance, interleave, replayed_time
+from timing import Times, Work, advance, interleave, replayed_time
 
 _HERE = Path(__file__).parent
 _QUICK_SECONDS, _QUICK_ROUNDS = 0.15, 3
@@ -58,7 +58,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
 
 @dataclass
 class _Outcome:
-    seconds: dict[str, list[float]]
+    times: dict[str, Times]
     faults: Mapping[str, str | None]
     notes: Mapping[str, dict[str, Any]]
 
@@ -83,9 +83,12 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, outcomes: dict[str, 
         if (fault := outcome.faults.get(variant)) is not None:
             benchmark.skipped = True
             pytest.fail(f"{variant} is not timed, its results are wrong: {fault}", pytrace=False)
-        seconds = outcome.seconds[variant]
+        times = outcome.times[variant]
+        seconds = times.usual
         benchmark.group = group
         benchmark.extra_info.update(info, **outcome.notes.get(variant, {}))
+        if times.in_a_row:
+            benchmark.extra_info["after_others_s"] = statistics.median(times.after_others)
         if benchmark.enabled and (moved := info.get("bytes_to_move")):
             median = statistics.median(seconds)
             benchmark.extra_info["percent_of_copy_bandwidth"] = round(100 * moved / median / copy_bandwidth(), 1)
@@ -115,7 +118,7 @@ def _run(work: Work, config: pytest.Config, enabled: bool) -> _Outcome:
     if not enabled:
         seconds, min_rounds = 0.0, 1
     right = {name: prepare for name, prepare in work.preparations.items() if work.faults.get(name) is None}
-    times = interleave(right, DEVICE, seconds, min_rounds, work.queued)
+    times = interleave(right, DEVICE, seconds, min_rounds, work.queued, work.calls)
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
     return _Outcome(times, work.faults, work.notes)

@@ -130,13 +130,13 @@ def device(settings: Settings) -> Results:
         sources = [torch.randint(0, 255, (size,), dtype=torch.uint8, device=DEVICE) for _ in range(copies)]
         targets = [torch.empty_like(source) for source in sources]
         thunks = [lambda s=source, t=target: t.copy_(s) for source, target in zip(sources, targets, strict=True)]
-        seconds = interleave({"copy": lambda thunks=thunks: thunks}, DEVICE, 0.3, 5)["copy"]
+        seconds = interleave({"copy": lambda thunks=thunks: thunks}, DEVICE, 0.3, 5)["copy"].usual
         yield f"copy {name}", {"bytes_per_s": 2 * size / statistics.median(seconds)}
         del sources, targets, thunks
     edge = 512 if settings.rehearse else 8192
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         left, right = (torch.randn(edge, edge, device=DEVICE).to(dtype) for _ in range(2))
-        seconds = interleave({"product": lambda left=left, right=right: [lambda: left @ right]}, DEVICE, 0.3, 3)["product"]
+        seconds = interleave({"product": lambda left=left, right=right: [lambda: left @ right]}, DEVICE, 0.3, 3)["product"].usual
         yield f"product {str(dtype)[6:]}", {"flop_per_s": 2 * edge**3 / statistics.median(seconds)}
 
 
@@ -294,8 +294,8 @@ def op(settings: Settings) -> Results:
                 keys[direction],
                 case.info(direction, "all")
                 | {
-                    "seconds": {name: statistics.median(seconds) for name, seconds in times.items()},
-                    "quartiles": {name: statistics.quantiles(seconds, n=4)[::2] for name, seconds in times.items()},
+                    "seconds": {name: statistics.median(each.usual) for name, each in times.items()},
+                    "quartiles": {name: statistics.quantiles(each.usual, n=4)[::2] for name, each in times.items()},
                     "flop": _flop(case, direction),
                     "faults": {name: fault for name, fault in faults.items() if fault},
                 },
@@ -365,8 +365,8 @@ def _timed_encoder(settings: Settings, encoders: Any, fused: list[str], directio
         "batch": case.batch,
         "dtype": str(case.dtype)[6:],
         "direction": direction,
-        "seconds": {name: statistics.median(seconds) for name, seconds in times.items()},
-        "quartiles": {name: statistics.quantiles(seconds, n=4)[::2] for name, seconds in times.items()},
+        "seconds": {name: statistics.median(each.usual) for name, each in times.items()},
+        "quartiles": {name: statistics.quantiles(each.usual, n=4)[::2] for name, each in times.items()},
         "peak_bytes": {name: _peak(preparations[name]) for name in timed} if DEVICE.type == "cuda" else {},
         "faults": {name: fault for name, fault in faults.items() if fault},
     }

@@ -21,13 +21,15 @@ from steermoe_kernels import reference
 from steermoe_kernels.backends import select_backend
 from steermoe_kernels.choice import Shape
 
-__all__ = ["DIRECTIONS", "GEOMETRY", "UNCOMPILED", "VARIANTS", "Case", "Pass", "comparisons", "prepared", "suitable", "unsuitable"]
+__all__ = ["CALLS", "DIRECTIONS", "GEOMETRY", "UNCOMPILED", "VARIANTS", "Case", "Pass", "comparisons", "prepared", "suitable", "unsuitable"]
 
 VARIANTS = ("public", "eager", "compiled", "ours")
 UNCOMPILED = ("public", "eager", "ours")
 DIRECTIONS = ("forward", "backward", "forward+backward")
 GEOMETRY = {"tiny": (384, 4), "base": (512, 6), "small": (768, 12), "medium": (1024, 24), "large-v3": (1280, 32)}
 """Width and encoder layers of the Whisper sizes."""
+CALLS = 1 if DEVICE.type == "cuda" else 5
+"""Of a variant's turn: as in a loop of its own, but for the first, which comes after other work. GPUs' streams never lie in a cache."""
 
 Formula = Callable[..., Tensor | tuple[Tensor, Tensor]]
 """The stream in, ``y`` out, or with a norm ``y`` and the normalised frames."""

@@ -86,6 +86,9 @@ class Comparison:
     def seconds(self, variant: str) -> float | None:
         return self.variants[variant].median if variant in self.variants else None
 
+    def seconds_after_others(self, variant: str) -> float | None:
+        return self.variants[variant].info.get("after_others_s") if variant in self.variants else None
+
     def bytes(self, variant: str, key: str = "kept_bytes") -> int | None:
         return self.variants[variant].info.get(key) if variant in self.variants else None
 
@@ -195,9 +198,10 @@ def full_report(results: Results, plot: str | None = None) -> str:
     parts = [
         "# Benchmarks",
         "\n".join(f"- {line}" for line in [*provenance(results), f"This package's backend: {', '.join(backends) or 'unknown'}"]),
-        f"Medians of runs that took turns; {clock}. A factor above 1 means that this package is faster, and a loss says so. Spread: the "
-        "widest interquartile range in the row, as a share of its median. Made by `python benchmarks/report.py` from "
-        f"`{results.source.name}`.",
+        f"Medians of runs that took turns; {clock}. A factor above 1 means that this package is faster, and a loss says so. Where a turn "
+        "is several calls, times and factors are of those that follow one of the same program, as in a loop, and `after others` are the "
+        "factors of each turn's first call, which finds other programs' work in the caches. Spread: the widest interquartile range in the "
+        f"row, as a share of its median. Made by `python benchmarks/report.py` from `{results.source.name}`.",
     ]
     if plot is not None:
         parts.append(f"![Speed relative to the best eager spelling, and bytes kept for backward]({plot})")
@@ -211,7 +215,8 @@ def full_report(results: Results, plot: str | None = None) -> str:
 def _speed_table(comparisons: list[Comparison]) -> str:
     variants = ("public", "eager", "compiled", "ours")
     against = ("eager", "compiled", "public")
-    header = ["work", "direction", *(NAMES[v] for v in variants), *(f"against {NAMES[v]}" for v in against), "of copy bandwidth", "spread"]
+    header = ["work", "direction", *(NAMES[v] for v in variants), *(f"against {NAMES[v]}" for v in against)]
+    header += [f"after others: {', '.join(NAMES[v] for v in against)}", "of copy bandwidth", "spread"]
 
     def row(comparison: Comparison) -> list[str]:
         ours = comparison.seconds("ours")
@@ -221,11 +226,18 @@ def _speed_table(comparisons: list[Comparison]) -> str:
             comparison.direction,
             *(seconds_in_words(comparison.seconds(variant)) for variant in variants),
             *(times_faster(comparison.seconds(variant), ours) for variant in against),
+            _after_others(comparison, against),
             "-" if share is None else f"{share:.0f}%",
             _spread(comparison),
         ]
 
     return table(header, map(row, comparisons))
+
+
+def _after_others(comparison: Comparison, against: Sequence[str]) -> str:
+    ours = comparison.seconds_after_others("ours")
+    factors = [times_faster(comparison.seconds_after_others(variant), ours) for variant in against]
+    return ", ".join(factors) if any(factor != "-" for factor in factors) else "-"
 
 
 def _kept_table(comparisons: list[Comparison]) -> str:
@@ -287,7 +299,7 @@ def compact_tables(results: Results) -> str:
 
 
 def _compact_operator(results: Results) -> str:
-    variants = ("public", "eager", "compiled", "ours")
+    variants, against = ("public", "eager", "compiled", "ours"), ("eager", "public")
     words = {"steer": "steer", "steer_norm": "add + steer + norm"}
     rows = []
     for comparison in results.comparisons:
@@ -295,18 +307,18 @@ def _compact_operator(results: Results) -> str:
             continue
         ours = comparison.seconds("ours")
         times = [seconds_in_words(comparison.seconds(variant)) for variant in variants]
-        factors = [times_faster(comparison.seconds(variant), ours) for variant in ("eager", "public")]
-        rows.append([f"{words[comparison.kind]}, {comparison.direction}", *times, *factors])
+        factors = [times_faster(comparison.seconds(variant), ours) for variant in against]
+        rows.append([f"{words[comparison.kind]}, {comparison.direction}", *times, *factors, _after_others(comparison, against)])
     for comparison in results.of_kind("kept"):
         if _is_compact(comparison):
             sizes = [bytes_in_words(comparison.bytes(variant)) for variant in variants]
-            shares = [percentage(comparison.bytes("ours"), comparison.bytes(variant)) for variant in ("eager", "public")]
-            rows.append([f"kept for backward by {words[comparison.name.split()[1]]}, beyond y", *sizes, *shares])
+            shares = [percentage(comparison.bytes("ours"), comparison.bytes(variant)) for variant in against]
+            rows.append([f"kept for backward by {words[comparison.name.split()[1]]}, beyond y", *sizes, *shares, "-"])
     header = [
         "one layer: N 1500, D 1280, E 8, L 32, float32",
         *(NAMES[v] for v in variants),
-        "against best eager",
-        "against public formula",
+        *(f"against {NAMES[v]}" for v in against),
+        f"after others: {', '.join(NAMES[v] for v in against)}",
     ]
     return table(header, rows) if rows else ""
 

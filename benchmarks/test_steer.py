@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from machine import DEVICE
-from passes import UNCOMPILED, VARIANTS, Case, comparisons, prepared, suitable, unsuitable
+from passes import CALLS, UNCOMPILED, VARIANTS, Case, comparisons, prepared, suitable, unsuitable
 from timing import Work
 
 CASES = [
@@ -35,6 +35,6 @@ def test_steer(case: Case, direction: str, variant: str, compare: Callable[..., 
 
     def make(variants: list[str]) -> Work:
         work, variants = prepared(case), suitable(case, variants)
-        return Work({name: work.preparation(name, direction) for name in variants}, work.faults(variants))
+        return Work({name: work.preparation(name, direction) for name in variants}, work.faults(variants), calls=CALLS)
 
     compare(f"steer {case} {direction}", variant, make, case.info(direction, variant))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from machine import DEVICE
-from passes import UNCOMPILED, Case, comparisons, prepared, suitable, unsuitable
+from passes import CALLS, UNCOMPILED, Case, comparisons, prepared, suitable, unsuitable
 from timing import Work
 
 CASES = [
@@ -30,6 +30,6 @@ def test_steer_norm(case: Case, direction: str, variant: str, compare: Callable[
 
     def make(variants: list[str]) -> Work:
         work, variants = prepared(case), suitable(case, variants)
-        return Work({name: work.preparation(name, direction) for name in variants}, work.faults(variants))
+        return Work({name: work.preparation(name, direction) for name in variants}, work.faults(variants), calls=CALLS)
 
     compare(f"steer_norm {case} {direction}", variant, make, case.info(direction, variant))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Preparation", "Thunk", "Work", "advance", "interleave", "replayed_time"]
+__all__ = ["Preparation", "Thunk", "Times", "Work", "advance", "interleave", "replayed_time"]
 
 Thunk = Callable[[], object]
 Preparation = Callable[[], Sequence[Thunk]]
@@ -27,19 +27,35 @@ class Work:
     faults: Mapping[str, str | None]
     notes: Mapping[str, dict[str, int]] = field(default_factory=dict)
     queued: bool = True
+    calls: int = 1
+
+
+@dataclass
+class Times:
+    """Seconds per thunk, of every call: of those that came after another variant's, and of those after one of the same variant."""
+
+    after_others: list[float] = field(default_factory=list)
+    in_a_row: list[float] = field(default_factory=list)
+
+    @property
+    def usual(self) -> list[float]:
+        """What stands for the variant: its calls in a row, if turns had several."""
+        return self.in_a_row or self.after_others
 
 
 def interleave(
-    variants: Mapping[str, Preparation], device: torch.device, seconds: float, min_rounds: int, queued: bool = True
-) -> dict[str, list[float]]:
-    """Seconds per thunk of every variant, one entry a round: each round runs all variants once, in an order drawn anew.
+    variants: Mapping[str, Preparation], device: torch.device, seconds: float, min_rounds: int, queued: bool = True, calls: int = 1
+) -> dict[str, Times]:
+    """Every variant's times: each round gives all of them a turn, in an order drawn anew, of ``calls`` calls.
 
-    As many rounds as fit into ``seconds`` a variant, and at least ``min_rounds``. On a GPU, times are the device's own, from events; the
-    launches of one measurement queue up behind a delay, or else the events would see the host. With ``queued=False`` they are wall times
-    up to the end of the work, host included, which is what one waits for where many launches make up a pass.
+    As many rounds as fit into ``seconds`` a variant, and at least ``min_rounds``. The first call of a turn finds in the caches what others
+    have left there; the next ones find their own. On a GPU, times are the device's own, from events; the launches of one measurement queue
+    up behind a delay, or else the events would see the host. With ``queued=False`` they are wall times up to the end of the work, host
+    included, which is what one waits for where many launches make up a pass.
     """
     on_gpu = device.type == "cuda"
     head_starts = {name: _warm_up(prepare, on_gpu) for name, prepare in variants.items()}
+    results = {name: Times() for name in variants}
 
     def measure(name: str) -> float:
         thunks = variants[name]()
@@ -47,14 +63,23 @@ def interleave(
             return _device_seconds(thunks, head_starts[name]) / len(thunks)
         return _wall_seconds(thunks, on_gpu) / len(thunks)
 
-    first = {name: [measure(name)] for name in variants}
-    rounds = max(min_rounds, math.ceil(len(variants) * seconds / max(sum(times[0] for times in first.values()), 1e-9)))
-    results: dict[str, list[float]] = {name: [] for name in variants}
+    def turn(name: str) -> float:
+        first, *others = (measure(name) for _ in range(calls))
+        results[name].after_others.append(first)
+        results[name].in_a_row += others
+        return first + sum(others)
+
+    round_seconds = sum(turn(name) for name in variants)
+    rounds = max(min_rounds, math.ceil(len(variants) * seconds / max(round_seconds, 1e-9)))
+    results = {name: Times() for name in variants}
     order, shuffled = list(variants), random.Random(0)
     for _ in range(min(rounds, 1000)):
+        *_, last = order
         shuffled.shuffle(order)
+        if order[0] == last:  # it would come after itself
+            order.append(order.pop(0))
         for name in order:
-            results[name].append(measure(name))
+            turn(name)
     return results
 
 

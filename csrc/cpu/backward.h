@@ -23,6 +23,7 @@
 #include "operands.h"
 #include "parallel.h"
 #include "routing.h"
+#include "strips.h"
 
 namespace steer::cpu::STEER_NAMESPACE {
 
@@ -93,11 +94,18 @@ class BackwardPass {
 
  public:
   // Rows whose outer products are added up before they touch dW and dV.
-  static constexpr int block_of(bool tiled) { return tiled ? kTileRows : 12; }
+  static int block_of(const Backward& call, bool tiled) { return tiled ? kTileRows : takes_strips(call) ? kStripRows : 12; }
   static constexpr int kChain = 192;  // rows that are summed in C
 
+  // In rows of whole blocks; d is a stream, or the scratch rows that the norm's part of it is made in.
+  static bool takes_strips(const Backward& call) {
+    const Problem& p = call.problem;
+    return kStrips<C> && p.experts == kStripExperts && p.width == stride_of<C>(p) && call.du != nullptr && call.dweight != nullptr &&
+           call.dvectors != nullptr && (call.dy != nullptr || call.dnormed != nullptr);
+  }
+
   BackwardPass(const Backward& call, const Operands<C>& operands)
-      : call_(call), p_(call.problem), operands_(operands), stride_(operands.stride), block_(block_of(operands.tiled)) {
+      : call_(call), p_(call.problem), operands_(operands), stride_(operands.stride), block_(block_of(call, operands.tiled)) {
     const bool routed = call.du != nullptr || call.dweight != nullptr || call.dbias != nullptr;
     needs_dz_ = routed;
     needs_a_ = routed || call.dscale != nullptr;
@@ -146,6 +154,8 @@ class BackwardPass {
   // products, whose sums stay in registers over all the block's rows. The stores of du wait for memory while the others compute.
   void block(std::int64_t first, int count) {
     in_tiles(count, [&](auto rows, std::int64_t r) { differentiate_rows<rows>(first + r, r); });
+    if constexpr (kStrips<C>)
+      if (block_ == kStripRows) return strips(first, count);
     for (std::int64_t c = 0; c < p_.width; c += kColumns<C>) {
       if (call_.du != nullptr) in_tiles(count, [&](auto rows, std::int64_t r) { gradient_at_u<rows>(first + r, r, c); });
       if (call_.dweight != nullptr) add_to_dW(first, count, c);
@@ -153,7 +163,20 @@ class BackwardPass {
     }
   }
 
-  // The same on the matrix unit.
+  // The second half for eight experts.
+  void strips(std::int64_t first, int count) {
+    const std::int64_t D = p_.width;
+    const S* y = static_cast<const S*>(call_.y) + first * D;
+    const S* incoming = call_.dy == nullptr ? y : static_cast<const S*>(call_.dy) + first * D;
+    const Rows<C, S> rows{d_rows_[0], y, static_cast<S*>(call_.du) + first * D, D, dz_};
+    Lookahead<S> next{incoming + block_ * D, y + block_ * D};
+    for (std::int64_t c = 0; c < D; c += kLanes) {
+      const std::int64_t at = blocked<C>(0, c, kStripExperts);
+      strip(rows.right(c), count, operands_.W + at, operands_.V + at, partial_->dW.recent() + at, partial_->dV.recent() + at, next);
+    }
+  }
+
+  // The same as block() on the matrix unit.
   void tiled_block(std::int64_t first, int count) {
     TiledRows& rows = tiled_->rows;
     if (call_.dnormed == nullptr && call_.dy != nullptr) {
@@ -449,7 +472,7 @@ void backward(const Backward& call, int threads) {
     Pass pass(call, mine);
     for (; shard >= 0; shard = all.draw(thread)) {
       partials[shard] = std::make_unique<Partial<C>>(call, stride, rooms.data() + shard * room);
-      pass.run(shard_of(p, shard, shards, Pass::block_of(forms.tiles)), *partials[shard]);
+      pass.run(shard_of(p, shard, shards, Pass::block_of(call, forms.tiles)), *partials[shard]);
     }
   });
 

@@ -16,16 +16,10 @@ namespace steer::cpu {
 namespace {
 
 constexpr std::int64_t kHugePage = 2 << 20;
-constexpr std::int64_t kSmallestKept = 32 << 20;  // of glibc, which never keeps more
+constexpr std::int64_t kLine = 64, kUnit = 64 << 10;  // what blocks are a multiple of, from the C library and from the system
+constexpr std::int64_t kLargestLeft = 1 << 20;        // to the C library
 
 std::int64_t rounded(std::int64_t bytes, std::int64_t unit) { return (bytes + unit - 1) / unit * unit; }
-
-Block new_block(std::int64_t bytes) {
-  const std::int64_t alignment = bytes < kSmallestKept ? 64 : kHugePage, size = std::max(alignment, rounded(bytes, alignment));
-  void* data = std::aligned_alloc(static_cast<std::size_t>(alignment), static_cast<std::size_t>(size));
-  prefer_huge_pages(data, size);
-  return {data, size};
-}
 
 std::int64_t limit() {
   static const std::int64_t bytes = [] {
@@ -34,6 +28,46 @@ std::int64_t limit() {
     return std::clamp<std::int64_t>(megabytes == nullptr ? 256 : std::atoll(megabytes), 0, kMost) << 20;
   }();
   return bytes;
+}
+
+// Of a result so large, and of the block it is in.
+bool is_kept(std::int64_t bytes) { return bytes > kLargestLeft && bytes <= limit(); }
+
+// Pages of the system's, from the start of a huge one on. Not from the C library's heap, which such blocks would leave full of gaps.
+#if defined(__linux__)
+
+void* map_pages(std::int64_t size) {
+  void* all = mmap(nullptr, static_cast<std::size_t>(size + kHugePage), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (all == MAP_FAILED) return nullptr;
+  char* const start = static_cast<char*>(all);
+  const std::int64_t before = -reinterpret_cast<std::intptr_t>(start) & (kHugePage - 1), after = kHugePage - before;
+  if (before > 0) munmap(start, static_cast<std::size_t>(before));
+  munmap(start + before + size, static_cast<std::size_t>(after));
+  return start + before;
+}
+
+void unmap_pages(void* data, std::int64_t size) { munmap(data, static_cast<std::size_t>(size)); }
+
+#else
+
+void* map_pages(std::int64_t size) { return std::aligned_alloc(kUnit, static_cast<std::size_t>(size)); }
+
+void unmap_pages(void* data, std::int64_t) { std::free(data); }
+
+#endif
+
+Block new_block(std::int64_t bytes) {
+  const std::int64_t size = std::max(kLine, rounded(bytes, is_kept(bytes) ? kUnit : kLine));
+  void* data = is_kept(bytes) ? map_pages(size) : std::aligned_alloc(kLine, static_cast<std::size_t>(size));
+  prefer_huge_pages(data, size);
+  return {data, size};
+}
+
+void free_block(const Block& block) {
+  if (is_kept(block.size))
+    unmap_pages(block.data, block.size);
+  else
+    std::free(block.data);
 }
 
 // In the order in which blocks came back. Who finds it locked does without: so nobody waits, and a process that was forked while another
@@ -59,7 +93,7 @@ struct Store {
 
   bool keep(Block block) {
     const std::unique_lock<std::mutex> lock(guard, std::try_to_lock);
-    if (!lock.owns_lock() || block.size > limit()) return false;
+    if (!lock.owns_lock()) return false;
     try {
       blocks.push_back(block);
     } catch (const std::bad_alloc&) {
@@ -67,7 +101,7 @@ struct Store {
     }
     for (total += block.size; total > limit(); blocks.erase(blocks.begin())) {
       total -= blocks.front().size;
-      std::free(blocks.front().data);
+      free_block(blocks.front());
     }
     return true;
   }
@@ -75,7 +109,7 @@ struct Store {
   void clear() {
     const std::unique_lock<std::mutex> lock(guard, std::try_to_lock);
     if (!lock.owns_lock()) return;
-    for (const Block& kept : blocks) std::free(kept.data);
+    for (const Block& kept : blocks) free_block(kept);
     blocks.clear();
     total = 0;
   }
@@ -90,7 +124,7 @@ Store& store() {
 
 Block take_block(std::int64_t bytes) {
   Block block;
-  if (bytes >= kSmallestKept && store().find(bytes, block)) return block;
+  if (is_kept(bytes) && store().find(bytes, block)) return block;
   block = new_block(bytes);
   if (block.data == nullptr) {
     store().clear();
@@ -100,7 +134,7 @@ Block take_block(std::int64_t bytes) {
 }
 
 void give_back(Block block) noexcept {
-  if (block.size < kSmallestKept || !store().keep(block)) std::free(block.data);
+  if (!is_kept(block.size) || !store().keep(block)) free_block(block);
 }
 
 std::int64_t kept_bytes() {
@@ -111,10 +145,11 @@ std::int64_t kept_bytes() {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
 
 void prefer_huge_pages(void* first, std::int64_t bytes) {
-  if (first == nullptr || bytes < 2 * kHugePage) return;  // from here on, one whole huge page lies inside wherever the memory begins
   static const std::uintptr_t page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-  const std::uintptr_t from = (reinterpret_cast<std::uintptr_t>(first) + page - 1) / page * page;
-  const std::uintptr_t to = (reinterpret_cast<std::uintptr_t>(first) + static_cast<std::uintptr_t>(bytes)) / page * page;
+  const auto round_up = [start = reinterpret_cast<std::uintptr_t>(first)](std::uintptr_t unit) { return (start + unit - 1) / unit * unit; };
+  const std::uintptr_t from = round_up(page),
+                       to = (reinterpret_cast<std::uintptr_t>(first) + static_cast<std::uintptr_t>(bytes)) / page * page;
+  if (first == nullptr || round_up(kHugePage) + kHugePage > to) return;  // no whole huge page lies inside
   madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
 }
 

@@ -33,8 +33,8 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_variants_take_turns(benchmarks: SimpleNamespace) -> None:
     calls: list[str] = []
     variants = {name: (lambda name=name: [lambda: calls.append(name)]) for name in ("a", "b", "c")}
-    seconds = benchmarks.timing.interleave(variants, torch.device("cpu"), 0.0, 6)
-    assert {name: len(times) for name, times in seconds.items()} == {"a": 6, "b": 6, "c": 6}
+    times = benchmarks.timing.interleave(variants, torch.device("cpu"), 0.0, 6)
+    assert {name: len(each.usual) for name, each in times.items()} == {"a": 6, "b": 6, "c": 6}
     rounds = [calls[-3 * count : len(calls) - 3 * (count - 1)] for count in range(6, 0, -1)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
     assert len(set(map(tuple, rounds))) > 1
@@ -73,9 +73,25 @@ def clock(benchmarks: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Simpl
 
 def test_as_many_rounds_as_fit_into_the_time(benchmarks: SimpleNamespace, clock: SimpleNamespace) -> None:
     variants = {"quick": lambda: [lambda: clock.pass_by(0.125)], "slow": lambda: [lambda: clock.pass_by(0.375)]}
-    seconds = benchmarks.timing.interleave(variants, torch.device("cpu"), 2.0, 3)
-    assert seconds == {"quick": [0.125] * 8, "slow": [0.375] * 8}  # 4 s in all
-    assert len(benchmarks.timing.interleave(variants, torch.device("cpu"), 0.1, 3)["slow"]) == 3
+    times = benchmarks.timing.interleave(variants, torch.device("cpu"), 2.0, 3)
+    assert {name: each.usual for name, each in times.items()} == {"quick": [0.125] * 8, "slow": [0.375] * 8}  # 4 s in all
+    assert len(benchmarks.timing.interleave(variants, torch.device("cpu"), 0.1, 3)["slow"].usual) == 3
+
+
+def test_calls_after_others_are_told_from_calls_in_a_row(benchmarks: SimpleNamespace, clock: SimpleNamespace) -> None:
+    """Whoever has not run last is slow."""
+    last: list[str] = []
+
+    def run(name: str) -> None:
+        clock.pass_by(0.25 if last[-1:] == [name] else 1.0)
+        last.append(name)
+
+    variants = {name: (lambda name=name: [lambda: run(name)]) for name in ("a", "b", "c")}
+    times = benchmarks.timing.interleave(variants, torch.device("cpu"), 0.0, 20, calls=3)
+    for each in times.values():
+        assert each.usual == each.in_a_row == [0.25] * 40
+        assert each.after_others == [1.0] * 20
+    assert len(benchmarks.timing.interleave(variants, torch.device("cpu"), 15.0, 1, calls=3)["a"].usual) == 2 * 10, "4.5 s a round"
 
 
 def test_preparing_is_not_timed_and_copies_share_the_time(benchmarks: SimpleNamespace, clock: SimpleNamespace) -> None:
@@ -83,7 +99,7 @@ def test_preparing_is_not_timed_and_copies_share_the_time(benchmarks: SimpleName
         clock.pass_by(8.0)
         return [lambda: clock.pass_by(0.25), lambda: clock.pass_by(0.75)]
 
-    assert benchmarks.timing.interleave({"a": prepare}, torch.device("cpu"), 0.0, 2) == {"a": [0.5, 0.5]}
+    assert benchmarks.timing.interleave({"a": prepare}, torch.device("cpu"), 0.0, 2)["a"].usual == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -155,7 +171,7 @@ def test_what_a_run_saves(saved: Path) -> None:
     assert [entry["extra_info"]["variant"] for entry in content["benchmarks"]] == ["eager", "ours"]
     for entry in content["benchmarks"]:
         assert entry["group"] == "steer large-v3-N50-E8-float32 forward"
-        assert {"direction", "dtype", "N", "D", "E", "L", "percent_of_copy_bandwidth"} <= entry["extra_info"].keys()
+        assert {"direction", "dtype", "N", "D", "E", "L", "percent_of_copy_bandwidth", "after_others_s"} <= entry["extra_info"].keys()
         assert entry["extra_info"]["bytes_to_move"] == 2 * 50 * 1280 * 4
         assert "data" not in entry["stats"] and 0 < entry["stats"]["min"] <= entry["stats"]["median"] <= entry["stats"]["max"]
     assert content["benchmarks"][1]["extra_info"]["backend"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import os
 import pickle
 import subprocess
@@ -396,7 +397,7 @@ def test_results_are_ordinary_tensors() -> None:
 
 
 def _large() -> tuple[Tensor, ...]:
-    """Of a size at which C libraries give memory back to the system."""
+    """Of a size that is kept: 35.2 MB."""
     return torch.randn(9000, 1024), torch.randn(2, 1024), None, torch.randn(2, 1024), torch.tensor(0.5)
 
 
@@ -427,16 +428,16 @@ def test_memory_of_another_size_is_left_for_its_own() -> None:
     assert SF.steer(torch.cat((h, h))[:17000], *rest)[0].data_ptr() == place, "a little shorter fits"
 
 
-@pytest.mark.parametrize("frames", [4, 8000])
+@pytest.mark.parametrize("frames", [4, 256])
 def test_smaller_results_are_left_to_the_c_library(frames: int) -> None:
     before = cpu._core().kept_bytes()
     SF.steer(torch.randn(frames, 1024), torch.randn(3, 1024), None, torch.randn(3, 1024), torch.tensor(0.5))
     assert cpu._core().kept_bytes() == before
 
 
-@pytest.mark.parametrize("megabytes, kept", [("0", 0), ("40", 36), ("100", 72), ("1000", 108), ("nonsense", 0), (str(10**17), 108)])
+@pytest.mark.parametrize("megabytes, kept", [("0", 0), ("40", 35), ("100", 70), ("1000", 105), ("nonsense", 0), (str(10**17), 105)])
 def test_how_much_is_kept_has_a_limit(megabytes: str, kept: int) -> None:
-    """Three results of 35.2 MB in blocks of 36."""
+    """Three results of 35.2 MB."""
     program = (
         "import torch; from steermoe_kernels import functional as SF; from steermoe_kernels.backends import cpu\n"
         "def run(): return SF.steer(torch.zeros(9000, 1024), torch.zeros(2, 1024), None, torch.zeros(2, 1024), torch.tensor(0.5))[0]\n"
@@ -446,6 +447,24 @@ def test_how_much_is_kept_has_a_limit(megabytes: str, kept: int) -> None:
     environment = os.environ | {"STEERMOE_KEEP_MB": megabytes}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout) == kept
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="no way to make the C library give memory back")
+def test_results_of_one_clip_after_another_cost_no_page_faults() -> None:
+    """Whatever the C library gives back to the system meanwhile: 30 s through Whisper-large, whose stream takes 1875 pages of 4 kB."""
+    program = (
+        "import ctypes, resource, torch; from steermoe_kernels import functional as SF\n"
+        "arguments = torch.zeros(1500, 1280), torch.zeros(2, 1280), None, torch.zeros(2, 1280), torch.tensor(0.5)\n"
+        "faults = []\n"
+        "for _ in range(20):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    y, _ = SF.steer(*arguments); del y\n"
+        "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+        "    ctypes.CDLL(None).malloc_trim(0)\n"
+        "print(sorted(faults)[10])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no way to ask how much memory is in use")
