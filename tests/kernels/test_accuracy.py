@@ -96,6 +96,14 @@ LARGE = [
     P(frames=300, width=64, num_experts=32, wanted=("vectors",)),
     P(frames=300, width=64, num_experts=32, wanted=("scale",)),
     P(frames=300, width=64, num_experts=32, wanted=("weight",)),
+    # Eight experts in whole blocks of columns: their backward in strips, of rows that are left over, and what has no stream's gradient.
+    P(frames=2, width=64, num_experts=8),
+    P(frames=77, width=128, num_experts=8, top_k=2, norm="rms", residual=True, float32_parameters=True),
+    P(batch=2, frames=49, width=64, num_experts=8, norm="layer", pool="max", pool_size=4),
+    P(frames=77, width=128, num_experts=8, norm="layer", incoming=("normed",)),
+    P(frames=77, width=128, num_experts=8, incoming=("gates",)),
+    P(frames=77, width=128, num_experts=8, wanted=("x", "vectors")),
+    P(frames=77, width=128, num_experts=8, wanted=("weight", "vectors")),
     # More tiles than a GPU has room for at once: each block takes several, and copies one while it computes another.
     P(frames=9001, width=40, num_experts=7, top_k=2, norm="layer", residual=True),
     P(batch=2, frames=6001, width=40, num_experts=20, norm="rms", pool="mean", pool_size=3),
