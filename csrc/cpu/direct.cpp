@@ -29,7 +29,9 @@ class Runner {
     if (block.data == nullptr) return py::none();
     data = block.data;
     if (fills_) std::memset(data, 0xFF, static_cast<std::size_t>(bytes));  // a NaN in every one of the dtypes
-    return adopt_memory(dtype, shape, data, block.size, [](void* memory, std::int64_t size) { give_back({memory, size}); });
+    const auto free = [](void* memory, std::int64_t size) { give_back({memory, size, false}); };
+    const auto keep = [](void* memory, std::int64_t size) { give_back({memory, size, true}); };
+    return block.kept ? adopt_memory(dtype, shape, data, block.size, keep) : adopt_memory(dtype, shape, data, block.size, free);
   }
 
   bool forward(const Forward& call) const {

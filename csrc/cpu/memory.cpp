@@ -17,7 +17,8 @@ namespace {
 
 constexpr std::int64_t kHugePage = 2 << 20;
 constexpr std::int64_t kLine = 64, kUnit = 64 << 10;  // what blocks are a multiple of, from the C library and from the system
-constexpr std::int64_t kLargestLeft = 1 << 20;        // to the C library
+constexpr std::int64_t kLargestLeft = 1 << 20;        // to the C library, whatever it has
+constexpr std::int64_t kLargestAsked = 32 << 20;      // from glibc, which never keeps more
 
 std::int64_t rounded(std::int64_t bytes, std::int64_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -30,8 +31,8 @@ std::int64_t limit() {
   return bytes;
 }
 
-// Of a result so large, and of the block it is in.
-bool is_kept(std::int64_t bytes) { return bytes > kLargestLeft && bytes <= limit(); }
+// Of a result so large.
+bool may_be_kept(std::int64_t bytes) { return bytes > kLargestLeft && bytes <= limit(); }
 
 // Pages of the system's, from the start of a huge one on. Not from the C library's heap, which such blocks would leave full of gaps.
 #if defined(__linux__)
@@ -48,23 +49,44 @@ void* map_pages(std::int64_t size) {
 
 void unmap_pages(void* data, std::int64_t size) { munmap(data, static_cast<std::size_t>(size)); }
 
+// Whether a block is backed by memory already, judged by some of its pages.
+bool is_resident(const Block& block) {
+  static const std::int64_t page = sysconf(_SC_PAGESIZE);
+  constexpr int kSamples = 8;
+  for (int i = 0; i <= kSamples; ++i) {
+    const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(block.data) + static_cast<std::uintptr_t>((block.size - 1) * i / kSamples);
+    unsigned char there = 0;
+    if (mincore(reinterpret_cast<void*>(at / page * page), static_cast<std::size_t>(page), &there) != 0 || (there & 1) == 0) return false;
+  }
+  return true;
+}
+
 #else
 
 void* map_pages(std::int64_t size) { return std::aligned_alloc(kUnit, static_cast<std::size_t>(size)); }
 
 void unmap_pages(void* data, std::int64_t) { std::free(data); }
 
+bool is_resident(const Block&) { return true; }
+
 #endif
 
-Block new_block(std::int64_t bytes) {
-  const std::int64_t size = std::max(kLine, rounded(bytes, is_kept(bytes) ? kUnit : kLine));
-  void* data = is_kept(bytes) ? map_pages(size) : std::aligned_alloc(kLine, static_cast<std::size_t>(size));
+Block allocate(std::int64_t bytes) {
+  const std::int64_t size = std::max(kLine, rounded(bytes, kLine));
+  void* data = std::aligned_alloc(kLine, static_cast<std::size_t>(size));
+  if (size > kLargestAsked) prefer_huge_pages(data, size);
+  return {data, size, false};
+}
+
+Block map_block(std::int64_t bytes) {
+  const std::int64_t size = rounded(bytes, kUnit);
+  void* data = map_pages(size);
   prefer_huge_pages(data, size);
-  return {data, size};
+  return {data, size, true};
 }
 
 void free_block(const Block& block) {
-  if (is_kept(block.size))
+  if (block.kept)
     unmap_pages(block.data, block.size);
   else
     std::free(block.data);
@@ -123,18 +145,24 @@ Store& store() {
 }  // namespace
 
 Block take_block(std::int64_t bytes) {
+  const bool may_keep = may_be_kept(bytes);
   Block block;
-  if (is_kept(bytes) && store().find(bytes, block)) return block;
-  block = new_block(bytes);
-  if (block.data == nullptr) {
+  if (!may_keep || bytes <= kLargestAsked) {
+    block = allocate(bytes);
+    if (block.data != nullptr && (!may_keep || is_resident(block))) return block;
+    free_block(block);
+  }
+  if (may_keep && store().find(bytes, block)) return block;
+  if (may_keep) block = map_block(bytes);
+  if (!may_keep || block.data == nullptr) {
     store().clear();
-    block = new_block(bytes);
+    block = allocate(bytes);
   }
   return block;
 }
 
 void give_back(Block block) noexcept {
-  if (!is_kept(block.size) || !store().keep(block)) free_block(block);
+  if (!block.kept || !store().keep(block)) free_block(block);
 }
 
 std::int64_t kept_bytes() {

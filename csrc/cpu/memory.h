@@ -1,9 +1,9 @@
 // Memory for results, and huge pages for any.
 //
 // Memory that is new to the process costs a fault for every page that is written first: for a stream that takes longer than to steer it.
-// The C library keeps what is freed up to some size, but gives the end of its heap back to the system as soon as enough of it is free, and
-// then every pass faults. So streams' memory, which also wants huge pages, is taken from the system and kept here for the next results of
-// about the size.
+// The C library keeps what is freed up to some size, and hands it out again while it still lies in a cache: nothing is better. But it gives
+// the end of its heap back to the system as soon as enough of it is free, in some processes at every pass. So where it has only new memory
+// for a stream, the stream's memory is taken from the system, in huge pages, and kept here for the next results of about the size.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,8 @@ namespace steer::cpu {
 
 struct Block {
   void* data;
-  std::int64_t size;  // which tells where it came from
+  std::int64_t size;
+  bool kept;  // here, once it comes back
 };
 
 // Room for `bytes` or somewhat more, aligned to a cache line, uninitialised. Null where there is none, even with all that is kept given up.
