@@ -121,7 +121,7 @@ class BackwardPass {
     std::fill(d_, zero_ + stride_, C(0));
     u_ = take(block_ * kColumns<C>);
     dz_ = take(block_ * E);
-    sg_ = take(block_ * E);
+    sg_ = take(block_ * E);  // behind dz, where strips look for it
     a_ = take(together * E);
     dg_ = take(together * E);
     if (p_.pool == Pool::kMax) argmax_.resize(p_.width);
