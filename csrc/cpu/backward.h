@@ -282,7 +282,7 @@ class BackwardPass {
     for (int r = 0; r < R; ++r) d_rows_[at + r] = gradient_at_y(first + r, d_ + (at + r) * stride_);
     scale_gates(first, at, R);
     if (!needs_a_) return;
-    dots<C, R>(d_rows_ + at, operands_.V, p_.experts, stride_, a_, [](std::int64_t) { return [](std::int64_t) {}; });
+    dots<C, R>(d_rows_ + at, operands_.V, p_.experts, Columns<C>::all(stride_), a_, [](std::int64_t) { return [](std::int64_t) {}; });
     differentiate_gates(std::integral_constant<int, R>(), first, at);
   }
 

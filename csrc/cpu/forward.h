@@ -17,22 +17,30 @@
 
 namespace steer::cpu::STEER_NAMESPACE {
 
+template <typename C>
+constexpr bool kTurns = sizeof(Vector<C>) == 64;  // with AVX-512: with narrower registers arithmetic is slow enough that reading keeps up
+
+template <typename C>
+constexpr std::int64_t kTurn = 4 * kColumns<C>;  // columns
+
 template <typename C, typename S>
 class ForwardPass {
   using V = Vector<C>;
   static constexpr int kLanes = V::kLanes;
+  static constexpr std::int64_t kSplit = 16;  // experts whose sums are worth putting down between turns
 
  public:
   ForwardPass(const Forward& call, const Operands<C>& operands)
       : call_(call), p_(call.problem), operands_(operands), stride_(operands.stride) {
     const std::int64_t rows = operands.tiled ? kTileRows : V::kRows;
-    scratch_.reserve((rows + 2) * stride_ + (rows + 1) * p_.experts);
+    scratch_.reserve((rows + 2) * stride_ + (rows + 1) * p_.experts + kSplit * V::kRows * kLanes);
     C* next = scratch_.data();
     const auto take = [&next](std::int64_t count) { return std::exchange(next, next + count); };
     u_ = take(rows * stride_);
     y_ = take(stride_);
     pooled_ = take(stride_);
     z_ = take(rows * p_.experts);
+    sums_ = take(kSplit * V::kRows * kLanes);
     selected_ = take(p_.experts);
     order_.resize(p_.experts);
     // Rows are widened up to `width`; what lies behind it must be zero, and stays so.
@@ -46,6 +54,8 @@ class ForwardPass {
     if constexpr (kTiles<S>)
       if (tiled_)
         for (; row < shard.last; row += kTileRows) steer_tiles(row, static_cast<int>(std::min<std::int64_t>(kTileRows, shard.last - row)));
+    if constexpr (kTurns<C> && std::is_same_v<C, S>)
+      if (takes_turns()) row = steer_by_turns(row, shard.last);
     for (; row + V::kRows <= shard.last; row += V::kRows) steer_rows<V::kRows>(row);
     for (; row < shard.last; ++row) steer_rows<1>(row);
   }
@@ -67,6 +77,37 @@ class ForwardPass {
       steer(whole, r, d, gV);
     });
     norm_rows(first, R);
+  }
+
+  // Where rows lie ready in the stream, and are too wide to stay in L1 between their dot products and their mix.
+  bool takes_turns() const { return call_.residual == nullptr && p_.width == stride_ && p_.width >= 3 * kTurn<C>; }
+
+  // Tiles of rows as in steer_rows, as many as there are from `first` on; returns the row behind them. The next rows' dot products are
+  // taken between the blocks of columns of these rows' mix. The first wait for the stream to be read, the second for it to be written: by
+  // turns, both come evenly, of a few rows and in the order of memory, and the prefetchers between L2 and L3 keep up by themselves.
+  std::int64_t steer_by_turns(std::int64_t first, std::int64_t last) {
+    constexpr int R = V::kRows;
+    const std::int64_t D = p_.width, E = p_.experts, turn = E <= kSplit ? kTurn<C> : D;
+    const C* row = static_cast<const C*>(call_.x) + first * D;
+    const C *u[R], *next[R];
+    const auto add_up_next = [&](std::int64_t from, std::int64_t to) {
+      for (int r = 0; r < R; ++r) next[r] = row + r * D;
+      dots<C, R>(next, operands_.W, E, {from, to, D, sums_}, z_, [](std::int64_t) { return [](std::int64_t) {}; });
+    };
+    if (first + R <= last) add_up_next(0, D);
+    for (; first + R <= last; first += R) {
+      row += R * D;
+      std::copy_n(next, R, u);
+      const C* g = route_rows(std::integral_constant<int, R>(), first);
+      const auto steer = steering(u, first);
+      for (std::int64_t d = 0; d < D; d += turn) {
+        const std::int64_t to = std::min(d + turn, D);
+        if (first + 2 * R <= last) add_up_next(d, to);
+        for (std::int64_t c = d; c < to; c += kColumns<C>) mix_block<C, R, true>(g, operands_.V + c * E, E, c, steer);
+      }
+      norm_rows(first, R);
+    }
+    return first;
   }
 
   // The same for up to kTileRows rows on the matrix unit.
@@ -164,7 +205,7 @@ class ForwardPass {
         return dots<R>(rows, operands_.bfloat16_W, p_.experts, stride_, z_, fetch_next);
       }
 #endif
-    dots<C, R>(u, operands_.W, p_.experts, stride_, z_, fetch_next);
+    dots<C, R>(u, operands_.W, p_.experts, Columns<C>::all(stride_), z_, fetch_next);
   }
 
   // u = x + r, widened; x itself where that is the same.
@@ -243,7 +284,7 @@ class ForwardPass {
   const Operands<C>& operands_;
   std::int64_t stride_;
   Buffer<C> scratch_;
-  C *u_, *y_, *pooled_, *z_, *selected_;
+  C *u_, *y_, *pooled_, *z_, *sums_, *selected_;
   std::vector<std::int32_t> order_;
   struct Tiled {
     Tiled(std::int64_t experts, std::int64_t width) : unit(experts, width), gates(experts), rows(width) {}

@@ -47,39 +47,74 @@ inline void sum_experts(const Vector<C>* sums, C* z) {
   }
 }
 
-// A register tile of R rows and X experts: R * X accumulators. `meanwhile(d)` is called once for every register of columns.
-template <typename C, int R, int X, typename Meanwhile>
-inline void dots_tile(const C* const* rows, const C* M, std::int64_t experts, std::int64_t stride, C* z, Meanwhile meanwhile) {
-  using V = Vector<C>;
-  V sums[R][X];
+// Columns from .. to of rows that end at `stride`. `sums` keeps what has been added up so far, R registers an expert; for whole rows there
+// is nothing to keep.
+template <typename C>
+struct Columns {
+  std::int64_t from, to, stride;
+  C* sums;
+
+  static Columns all(std::int64_t stride) { return {0, stride, stride, nullptr}; }
+  C* sums_of(std::int64_t e, int rows) const { return sums + e * rows * Vector<C>::kLanes; }
+};
+
+template <typename C, int R, int X>
+[[gnu::always_inline]] inline void take_up(const Columns<C>& columns, std::int64_t e, Vector<C> (&sums)[R][X]) {
+  const C* kept = columns.from == 0 ? nullptr : columns.sums_of(e, R);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int e = 0; e < X; ++e) sums[r][e] = V::zero();
-  for (std::int64_t d = 0; d < stride; d += kColumns<C>, M += experts * kColumns<C>)
+    for (int x = 0; x < X; ++x) sums[r][x] = kept == nullptr ? Vector<C>::zero() : Vector<C>::load(kept + (r * X + x) * Vector<C>::kLanes);
+}
+
+// z: (R, experts), complete with the rows' last column.
+template <typename C, int R, int X>
+[[gnu::always_inline]] inline void put_down(const Columns<C>& columns, std::int64_t e, const Vector<C> (&sums)[R][X], std::int64_t experts,
+                                            C* z) {
+  if (columns.to == columns.stride) {
+    for (int r = 0; r < R; ++r) sum_experts<C, X>(sums[r], z + r * experts + e);
+    return;
+  }
+  C* kept = columns.sums_of(e, R);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int x = 0; x < X; ++x) sums[r][x].store(kept + (r * X + x) * Vector<C>::kLanes);
+}
+
+// A register tile of R rows and X experts, from `e` on: R * X accumulators. `meanwhile(d)` is called once for every register of columns.
+template <typename C, int R, int X, typename Meanwhile>
+[[gnu::always_inline]] inline void dots_tile(const C* const* rows, const C* M, std::int64_t experts, std::int64_t e,
+                                             const Columns<C>& columns, C* z, Meanwhile meanwhile) {
+  using V = Vector<C>;
+  V sums[R][X];
+  take_up(columns, e, sums);
+  M += columns.from * experts + e * kColumns<C>;
+  for (std::int64_t d = columns.from; d < columns.to; d += kColumns<C>, M += experts * kColumns<C>)
     for (int k = 0; k < kColumns<C>; k += V::kLanes) {
       meanwhile(d + k);
       V u[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) u[r] = V::load(rows[r] + d + k);
 #pragma GCC unroll 8
-      for (int e = 0; e < X; ++e) {
-        const V m = V::load(M + e * kColumns<C> + k).kept();
+      for (int x = 0; x < X; ++x) {
+        const V m = V::load(M + x * kColumns<C> + k).kept();
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) sums[r][e] = fma(u[r], m, sums[r][e]);
+        for (int r = 0; r < R; ++r) sums[r][x] = fma(u[r], m, sums[r][x]);
       }
     }
-  for (int r = 0; r < R; ++r) sum_experts<C, X>(sums[r], z + r * experts);
+  put_down(columns, e, sums, experts, z);
 }
 
-// `meanwhile(tile)` gives what a tile calls.
+// `columns` are whole blocks. `meanwhile(tile)` gives what a tile calls.
 template <typename C, int R, typename Meanwhile>
-void dots(const C* const* rows, const C* M, std::int64_t experts, std::int64_t stride, C* z, Meanwhile meanwhile) {
+[[gnu::always_inline]] inline void dots(const C* const* rows, const C* M, std::int64_t experts, const Columns<C>& columns, C* z,
+                                        Meanwhile meanwhile) {
   constexpr int X = Vector<C>::kExperts;
   std::int64_t e = 0;
-  for (; e + X <= experts; e += X) dots_tile<C, R, X>(rows, M + e * kColumns<C>, experts, stride, z + e, meanwhile(e / X));
-  for (; e + 2 <= experts; e += 2) dots_tile<C, R, 2>(rows, M + e * kColumns<C>, experts, stride, z + e, meanwhile(e / X));
-  for (; e < experts; ++e) dots_tile<C, R, 1>(rows, M + e * kColumns<C>, experts, stride, z + e, meanwhile(e / X));
+  for (; e + X <= experts; e += X) dots_tile<C, R, X>(rows, M, experts, e, columns, z, meanwhile(e / X));
+  for (; e + 2 <= experts; e += 2) dots_tile<C, R, 2>(rows, M, experts, e, columns, z, meanwhile(e / X));
+  for (; e < experts; ++e) dots_tile<C, R, 1>(rows, M, experts, e, columns, z, meanwhile(e / X));
 }
 
 #if defined(__AVX512BF16__)
