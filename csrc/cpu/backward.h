@@ -93,8 +93,13 @@ class BackwardPass {
   static constexpr int kLanes = V::kLanes;
 
  public:
-  // Rows whose outer products are added up before they touch dW and dV.
-  static int block_of(const Backward& call, bool tiled) { return tiled ? kTileRows : takes_strips(call) ? kStripRows : 12; }
+  // Rows whose outer products are added up before they touch dW and dV: more of them where these do not stay in L2.
+  static int block_of(const Backward& call, bool tiled) {
+    if (tiled) return kTileRows;
+    if (takes_strips(call)) return kStripRows;
+    const std::int64_t numbers = 2 * call.problem.experts * stride_of<C>(call.problem);
+    return numbers * static_cast<std::int64_t>(sizeof(C)) <= 1 << 20 ? 12 : 24;
+  }
   static constexpr int kChain = 192;  // rows that are summed in C
 
   // In rows of whole blocks; d is a stream, or the scratch rows that the norm's part of it is made in.
@@ -155,7 +160,7 @@ class BackwardPass {
   void block(std::int64_t first, int count) {
     in_tiles(count, [&](auto rows, std::int64_t r) { differentiate_rows<rows>(first + r, r); });
     if constexpr (kStrips<C>)
-      if (block_ == kStripRows) return strips(first, count);
+      if (takes_strips(call_)) return strips(first, count);
     for (std::int64_t c = 0; c < p_.width; c += kColumns<C>) {
       if (call_.du != nullptr) in_tiles(count, [&](auto rows, std::int64_t r) { gradient_at_u<rows>(first + r, r, c); });
       if (call_.dweight != nullptr) add_to_dW(first, count, c);
