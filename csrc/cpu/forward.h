@@ -1,5 +1,5 @@
-// Forward of a steering pass on the CPU: one walk over the frames, a few rows at a time, which stay in L1 between the router's dot products
-// and the norm.
+// Forward of a steering pass on the CPU: one walk over the frames, a few rows at a time, which stay in L1 or L2 between the router's dot
+// products and the norm.
 //
 //   u = x + r    z = u W^T + b    g = route(z)    y = u + s (g V)    p = pool(y)    n = norm(p)
 #pragma once
