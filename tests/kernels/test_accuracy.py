@@ -104,7 +104,7 @@ LARGE = [
     P(frames=77, width=128, num_experts=8, incoming=("gates",)),
     P(frames=77, width=128, num_experts=8, wanted=("x", "vectors")),
     P(frames=77, width=128, num_experts=8, wanted=("weight", "vectors")),
-    # Wide rows in whole blocks of columns: dot products by turns with the mix, a last turn that is shorter, and experts too many to part a row.
+    # Wide rows in whole blocks: dot products by turns with the mix, a last turn that is shorter, and experts too many to part a row.
     P(frames=50, width=832, num_experts=8),
     P(frames=13, width=768, num_experts=7, top_k=2),
     P(batch=2, frames=90, width=1088, num_experts=16, norm="layer", pool="mean", pool_size=4),
