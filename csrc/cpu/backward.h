@@ -115,10 +115,10 @@ class BackwardPass {
     const S* y = static_cast<const S*>(call_.y) + first * D;
     const S* incoming = call_.dy == nullptr ? y : static_cast<const S*>(call_.dy) + first * D;
     const Rows<C, S> rows{d_rows_[0], y, static_cast<S*>(call_.du) + first * D, D, dz_};
-    Lookahead<S> next{incoming + block_ * D, y + block_ * D};
+    Lookahead<S> next{incoming + block_ * D, y + block_ * D, rows.du + block_ * D};
     for (std::int64_t c = 0; c < D; c += kLanes) {
       const std::int64_t at = blocked<C>(0, c, kStripExperts);
-      strip(rows.right(c), count, operands_.W + at, operands_.V + at, partial_->dW.recent() + at, partial_->dV.recent() + at, next);
+      strip(rows, c, count, operands_.W + at, operands_.V + at, partial_->dW.recent() + at, partial_->dV.recent() + at, next);
     }
   }
 
@@ -336,6 +336,7 @@ class BackwardPass {
     const V center = V::set(mean), scale = V::set(rstd);
     V sum_t = V::zero(), sum_tx = V::zero();
     for (std::int64_t c = 0; c < D; c += kLanes) {
+      prefetch(dn + V::kRows * D + c);                  // the outer products ask for dy and y
       const V incoming = load_up_to<C>(dn + c, D - c);  // zero past the end: adds nothing to the sums
       const V xhat = (V::load(p + c) - center) * scale;
       const V t = gamma == nullptr ? incoming : incoming * V::load(gamma + c);

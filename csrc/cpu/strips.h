@@ -38,10 +38,10 @@ struct Rows {
   [[gnu::always_inline]] Rows right(std::int64_t columns) const { return {d + columns, y + columns, du + columns, step, dz}; }
 };
 
-// What is asked for on the way, a register's numbers for every row.
+// What is asked for on the way, a register's numbers for every row: the lines of du, too, which are written later.
 template <typename S>
 struct Lookahead {
-  const S *first, *second;
+  const S *dy, *y, *du;
 };
 
 // R rows of a strip. W and V: its register of every expert, kColumns apart.
@@ -53,11 +53,13 @@ template <int R, typename C, typename S>
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     d[r] = Register::load(rows.d + r * rows.step);
-    prefetch(ahead.first + r * Register::kLanes);
-    prefetch(ahead.second + r * Register::kLanes);
+    prefetch(ahead.dy + r * Register::kLanes);
+    prefetch(ahead.y + r * Register::kLanes);
+    prefetch(ahead.du + r * Register::kLanes);
   }
-  ahead.first += R * Register::kLanes;
-  ahead.second += R * Register::kLanes;
+  ahead.dy += R * Register::kLanes;
+  ahead.y += R * Register::kLanes;
+  ahead.du += R * Register::kLanes;
 #pragma GCC unroll 8
   for (int e = 0; e < kStripExperts; ++e) {
     const Register v = Register::load(V + e * kColumns<C>).kept();
@@ -84,14 +86,17 @@ template <int R, typename C, typename S>
   for (int r = 0; r < R; ++r) (d[r] + du[r]).store(rows.du + r * rows.step);
 }
 
-// A strip of `count` rows; dW and dV lie as W and V do.
+// A strip of `count` rows of the block, from `column` on; dW and dV lie as W and V do. The block comes by reference: a copy for every strip
+// is written in pieces and read as a whole, and waits until they have left the store queue, in which they stand behind the stream's.
 template <typename C, typename S>
-[[gnu::noinline]] void strip(Rows<C, S> rows, std::int64_t count, const C* W, const C* V, C* dW, C* dV, Lookahead<S>& next) {
+[[gnu::noinline]] void strip(const Rows<C, S>& block, std::int64_t column, std::int64_t count, const C* W, const C* V, C* dW, C* dV,
+                             Lookahead<S>& next) {
   using Register = Vector<C>;
   constexpr int R = 3;
   Register sums_W[kStripExperts], sums_V[kStripExperts];
 #pragma GCC unroll 8
   for (int e = 0; e < kStripExperts; ++e) sums_W[e] = sums_V[e] = Register::zero();
+  Rows<C, S> rows = block.right(column);
   Lookahead<S> ahead = next;
   const C* const end = rows.dz + count * kStripExperts;
   for (const C* const last = end - R * kStripExperts; rows.dz <= last; rows = rows.down(R))
