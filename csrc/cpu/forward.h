@@ -20,6 +20,15 @@ namespace steer::cpu::STEER_NAMESPACE {
 template <typename C>
 constexpr bool kTurns = sizeof(Vector<C>) == 64;  // with AVX-512: with narrower registers arithmetic is slow enough that reading keeps up
 
+// The prefetchers of AMD's processors (Zen 4) keep up as well, and there the turns cost more than they save.
+inline bool turns_pay() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 template <typename C>
 constexpr std::int64_t kTurn = 4 * kColumns<C>;  // columns
 
@@ -33,7 +42,7 @@ class ForwardPass {
   ForwardPass(const Forward& call, const Operands<C>& operands)
       : call_(call), p_(call.problem), operands_(operands), stride_(operands.stride) {
     const std::int64_t rows = operands.tiled ? kTileRows : V::kRows;
-    scratch_.reserve((rows + 2) * stride_ + (rows + 1) * p_.experts + kSplit * V::kRows * kLanes);
+    scratch_.reserve((rows + 2) * stride_ + rows * p_.experts + kSplit * V::kRows * kLanes);
     C* next = scratch_.data();
     const auto take = [&next](std::int64_t count) { return std::exchange(next, next + count); };
     u_ = take(rows * stride_);
@@ -41,8 +50,7 @@ class ForwardPass {
     pooled_ = take(stride_);
     z_ = take(rows * p_.experts);
     sums_ = take(kSplit * V::kRows * kLanes);
-    selected_ = take(p_.experts);
-    order_.resize(p_.experts);
+    if (!p_.dense()) selection_.resize((rows + 2) * p_.experts);
     // Rows are widened up to `width`; what lies behind it must be zero, and stays so.
     std::fill(u_, u_ + (rows + 2) * stride_, C(0));
     if constexpr (kTiles<S>)
@@ -80,7 +88,7 @@ class ForwardPass {
   }
 
   // Where rows lie ready in the stream, and are too wide to stay in L1 between their dot products and their mix.
-  bool takes_turns() const { return call_.residual == nullptr && p_.width == stride_ && p_.width >= 3 * kTurn<C>; }
+  bool takes_turns() const { return turns_pay() && call_.residual == nullptr && p_.width == stride_ && p_.width >= 3 * kTurn<C>; }
 
   // Tiles of rows as in steer_rows, as many as there are from `first` on; returns the row behind them. The next rows' dot products are
   // taken between the blocks of columns of these rows' mix. The first wait for the stream to be read, the second for it to be written: by
@@ -153,18 +161,13 @@ class ForwardPass {
   [[gnu::always_inline]] const C* route_rows(Rows rows, std::int64_t first) {
     const std::int64_t E = p_.experts;
     C* g = static_cast<C*>(call_.gates) + first * E;
-    if (const C* b = operands_.b)
-      with_experts(E, [&](auto experts) {
-        for (int r = 0; r < rows; ++r)
-          for (std::int64_t e = 0; e < experts; ++e) z_[r * experts + e] += b[e];
-      });
-    if (p_.dense())
+    add_bias(z_, operands_.b, rows, E);
+    if (p_.dense()) {
       softmax(z_, rows, E, g);
-    else
-      for (int r = 0; r < rows; ++r) {
-        C* probs = call_.probs == nullptr ? nullptr : static_cast<C*>(call_.probs) + (first + r) * E;
-        route_selected(z_ + r * E, p_, g + r * E, probs, order_.data(), selected_);
-      }
+    } else {
+      C* probs = call_.probs == nullptr ? nullptr : static_cast<C*>(call_.probs) + first * E;
+      route_selected(z_, p_, rows, g, probs, selection_.data());
+    }
     return g;
   }
 
@@ -284,8 +287,8 @@ class ForwardPass {
   const Operands<C>& operands_;
   std::int64_t stride_;
   Buffer<C> scratch_;
-  C *u_, *y_, *pooled_, *z_, *sums_, *selected_;
-  std::vector<std::int32_t> order_;
+  C *u_, *y_, *pooled_, *z_, *sums_;
+  std::vector<Rank<C>> selection_;
   struct Tiled {
     Tiled(std::int64_t experts, std::int64_t width) : unit(experts, width), gates(experts), rows(width) {}
     Tiles unit;

@@ -1,10 +1,11 @@
-// Gates from logits, and the gradient back through them, one frame at a time: E numbers.
+// Gates from logits, and the gradient back through them, some rows of E numbers at a time.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <numeric>
+#include <functional>
+#include <limits>
 #include <type_traits>
 
 #include "../steer.h"
@@ -78,64 +79,122 @@ inline __m512 fold_eights(__m512 v, Fold fold) {
   return fold(v, _mm512_permute_ps(v, 0xb1));
 }
 
-// The same for eight experts, two rows a register.
-inline void softmax_of_eight(const float* z, std::int64_t rows, float* p) {
-  const std::int64_t count = 8 * rows;
-  const auto each = [count](auto work) {
-    for (std::int64_t i = 0; i < count; i += 16) work(i, static_cast<__mmask16>(count - i < 16 ? 0x00ff : 0xffff));
+// z + b of eight experts, two rows a register. Dot products leave four numbers at a time, and a register that is loaded across those waits
+// until they have left the store queue, in which they stand behind the stream's: they are taken up as they were put down.
+inline void add_bias_of_eight(float* z, const float* b, std::int64_t rows) {
+  const auto join = [](const float* from) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)), _mm_loadu_ps(from + 4), 1);
   };
-  each([&](std::int64_t i, __mmask16 there) {
-    const __m512 logits = _mm512_maskz_loadu_ps(there, z + i);
-    const __m512 largest = fold_eights(logits, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
-    _mm512_mask_storeu_ps(p + i, there, _mm512_sub_ps(logits, largest));
-  });
-  exponentials(p, count);
-  each([&](std::int64_t i, __mmask16 there) {
-    const __m512 powers = _mm512_maskz_loadu_ps(there, p + i);
-    const __m512 sum = fold_eights(powers, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); });
-    _mm512_mask_storeu_ps(p + i, there, _mm512_maskz_div_ps(there, powers, sum));
-  });
+  const __m256 bias = b == nullptr ? _mm256_setzero_ps() : _mm256_loadu_ps(b);
+  std::int64_t r = 0;
+  for (; r + 2 <= rows; r += 2, z += 16)
+    _mm512_storeu_ps(z, _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_add_ps(join(z), bias)), _mm256_add_ps(join(z + 8), bias), 1));
+  if (r < rows) _mm256_storeu_ps(z, _mm256_add_ps(join(z), bias));
+}
+
+// The same as softmax_rows for eight experts, two rows a register.
+inline __m512 softmax_of_eights(__m512 logits) {
+  const __m512 largest = fold_eights(logits, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
+  alignas(64) float lanes[16];
+  _mm512_store_ps(lanes, _mm512_sub_ps(logits, largest));
+  exponentials(lanes, 16);
+  const __m512 powers = _mm512_load_ps(lanes);
+  return _mm512_div_ps(powers, fold_eights(powers, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); }));
+}
+
+inline void softmax_of_eight(const float* z, std::int64_t rows, float* p) {
+  std::int64_t r = 0;
+  for (; r + 2 <= rows; r += 2, z += 16, p += 16) _mm512_storeu_ps(p, softmax_of_eights(_mm512_loadu_ps(z)));
+  if (r < rows) _mm256_storeu_ps(p, _mm512_castps512_ps256(softmax_of_eights(_mm512_broadcast_f32x8(_mm256_loadu_ps(z)))));
 }
 
 #endif
 
+// Eight experts have a way of their own.
+template <typename C>
+constexpr bool kEights = std::is_same_v<C, float> && sizeof(Vector<C>) == 64;
+
+// z += b, of `rows` rows; b may be null.
+template <typename C>
+inline void add_bias(C* z, const C* b, std::int64_t rows, std::int64_t experts) {
+#if defined(__AVX512F__)
+  if constexpr (kEights<C>)
+    if (experts == 8) return add_bias_of_eight(z, b, rows);
+#endif
+  if (b == nullptr) return;
+  with_experts(experts, [&](auto count) {
+    for (std::int64_t r = 0; r < rows; ++r, z += count)
+      for (std::int64_t e = 0; e < count; ++e) z[e] += b[e];
+  });
+}
+
+// p = softmax(z), which may be in the same place.
 template <typename C>
 inline void softmax(const C* z, std::int64_t rows, std::int64_t experts, C* p) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<C, float>)
+  if constexpr (kEights<C>)
     if (experts == 8) return softmax_of_eight(z, rows, p);
 #endif
   with_experts(experts, [&](auto count) { softmax_rows(z, rows, count, p); });
 }
 
-// Puts the indices of the top_k largest logits first in `order`. Of equal logits the lowest index wins; NaN counts as the largest.
+// An integer as wide as C.
 template <typename C>
-inline void select_top_k(const C* z, std::int64_t experts, std::int64_t top_k, std::int32_t* order) {
-  std::iota(order, order + experts, 0);
-  std::nth_element(order, order + top_k - 1, order + experts, [z](std::int32_t i, std::int32_t j) {
-    const bool i_nan = std::isnan(z[i]), j_nan = std::isnan(z[j]);
-    if (i_nan != j_nan) return i_nan;
-    if (!i_nan && z[i] != z[j]) return z[i] > z[j];
-    return i < j;
-  });
+using Rank = std::conditional_t<sizeof(C) == 4, std::int32_t, std::int64_t>;
+
+// Integers in the order of the numbers: NaN above all, and both zeros alike.
+template <typename C>
+inline Rank<C> ordered(C value) {
+  const C positive_zero = value + C(0);
+  Rank<C> bits;
+  std::memcpy(&bits, &positive_zero, sizeof(bits));
+  constexpr Rank<C> kLargest = std::numeric_limits<Rank<C>>::max();
+  return value != value ? kLargest : bits ^ (bits < 0 ? kLargest : 0);
 }
 
-// g = route(z) where experts are selected. `probs` receives the full softmax where the gates are not renormalised, and may be null where
-// they are; `order` (E) and `selected` (E) are scratch.
-template <typename C>
-inline void route_selected(const C* z, const Problem& problem, C* g, C* probs, std::int32_t* order, C* selected) {
-  const std::int64_t experts = problem.experts, k = problem.top_k;
-  select_top_k(z, experts, k, order);
-  std::fill(g, g + experts, C(0));
-  if (problem.renormalize) {
-    std::sort(order, order + k);  // sum in the order of the experts, whatever their rank
-    for (std::int64_t i = 0; i < k; ++i) selected[i] = z[order[i]];
-    softmax(selected, 1, k, selected);
-    for (std::int64_t i = 0; i < k; ++i) g[order[i]] = selected[i];
-  } else {
-    softmax(z, 1, experts, probs);
-    for (std::int64_t i = 0; i < k; ++i) g[order[i]] = probs[order[i]];
+// chosen[e] = whether logit e is among the top_k largest ones. Of equal logits the lowest index wins; NaN counts as the largest. `keys`,
+// and `sorted` where there are many experts, are scratch.
+template <typename C, typename Count>
+[[gnu::always_inline]] inline void select_top_k(const C* z, Count experts, Rank<C> top_k, Rank<C>* keys, Rank<C>* sorted, Rank<C>* chosen) {
+  constexpr std::int64_t kFew = 64;
+  const Rank<C> E = static_cast<Rank<C>>(experts);
+  for (Rank<C> e = 0; e < E; ++e) keys[e] = ordered(z[e]);
+  if (experts <= kFew) {
+    // How many come before each one: each is compared with each, without branches, whole registers at once.
+    for (Rank<C> e = 0; e < E; ++e) chosen[e] = 0;
+    for (Rank<C> j = 0; j < E; ++j) {
+      const Rank<C> key = keys[j];
+      for (Rank<C> e = 0; e < E; ++e) chosen[e] += key > keys[e] - (j < e ? 1 : 0) ? 1 : 0;
+    }
+    for (Rank<C> e = 0; e < E; ++e) chosen[e] = chosen[e] < top_k ? 1 : 0;
+    return;
   }
+  std::copy_n(keys, E, sorted);
+  std::nth_element(sorted, sorted + top_k - 1, sorted + E, std::greater<Rank<C>>());
+  const Rank<C> last = sorted[top_k - 1];
+  Rank<C> left = top_k;  // for those that equal the last one
+  for (Rank<C> e = 0; e < E; ++e) left -= keys[e] > last ? 1 : 0;
+  for (Rank<C> e = 0; e < E; ++e) chosen[e] = keys[e] > last || (keys[e] == last && left-- > 0) ? 1 : 0;
+}
+
+// g = route(z) where experts are selected, `rows` rows. `probs` receives the full softmax where the gates are not renormalised, and may be
+// null where they are; `scratch` is for rows + 2 rows.
+template <typename C>
+inline void route_selected(const C* z, const Problem& problem, std::int64_t rows, C* g, C* probs, Rank<C>* scratch) {
+  const std::int64_t experts = problem.experts, numbers = rows * experts;
+  const Rank<C> k = static_cast<Rank<C>>(problem.top_k);
+  Rank<C>* const chosen = scratch + 2 * experts;
+  with_experts(experts, [&](auto count) {
+    for (std::int64_t r = 0; r < rows; ++r) select_top_k(z + r * count, count, k, scratch, scratch + count, chosen + r * count);
+  });
+  const C* gates = problem.renormalize ? g : probs;
+  if (problem.renormalize) {
+    for (std::int64_t i = 0; i < numbers; ++i) g[i] = chosen[i] ? z[i] : -std::numeric_limits<C>::infinity();
+    softmax(g, rows, experts, g);
+  } else {
+    softmax(z, rows, experts, probs);
+  }
+  for (std::int64_t i = 0; i < numbers; ++i) g[i] = chosen[i] ? gates[i] : C(0);  // where a frame has a NaN, too
 }
 
 // dz = p (dg - sum_e p dg), `rows` of them. p are the gates g; where these are not renormalised, the full softmax, with no gradient off the

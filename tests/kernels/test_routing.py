@@ -55,6 +55,18 @@ def test_of_equal_logits_the_lowest_index_wins(backend: str, device: torch.devic
     assert gates.tolist() == [[0.0, 0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0, 0.0], [0.5, 0.0, 0.0, 0.0, 0.5]]
 
 
+def test_products_too_small_for_their_type_tie_with_zero(backend: str, device: torch.device) -> None:
+    """Their sum is a negative zero, where every register's lane has one."""
+    for dtype in dtypes_of(backend, device):
+        if dtype == torch.float16:  # products of two halves are not too small for the float32 they are summed in
+            continue
+        smallest = torch.finfo(dtype).tiny
+        frames = torch.full((3, 64), -smallest, dtype=dtype, device=device)
+        weight = torch.tensor([[smallest], [0.0]], dtype=dtype, device=device).repeat(1, 64)
+        _, gates = SF.steer(frames, weight, None, torch.zeros_like(weight), 0.0, top_k=1, backend=backend)
+        assert gates.tolist() == [[1.0, 0.0]] * 3, dtype
+
+
 def test_experts_with_equal_rows_tie(backend: str, device: torch.device) -> None:
     """Equal rows of the router give equal logits to the bit, wherever among the experts they stand."""
     if backend not in ("cpu", "cuda", "triton"):
@@ -109,6 +121,20 @@ def test_a_nan_of_any_bits_is_passed_on(backend: str, device: torch.device, bits
         bias.view(torch.int32)[3] = bits
         y, gates = SF.steer(inputs["x"], inputs["weight"], bias, inputs["vectors"], inputs["scale"], backend=backend)
         assert gates.isnan().all() and y.isnan().all(), dtype
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan")], ids=["nan", "-nan"])
+@pytest.mark.parametrize("num_experts", [8, 128])
+def test_a_nan_counts_as_the_largest(backend: str, device: torch.device, num_experts: int, bad: float) -> None:
+    """Left out, it would be steered past in silence. Before it stands an infinity, behind it the frames' own logits."""
+    for dtype in dtypes_of(backend, device):
+        inputs, _ = draw(Problem(frames=7, num_experts=num_experts), dtype, device)
+        bias = inputs["bias"].detach().float()
+        bias[1], bias[5] = float("inf"), bad
+        for renormalize in (True, False):
+            settings = {"top_k": 1, "renormalize": renormalize, "backend": backend}
+            y, gates = SF.steer(inputs["x"], inputs["weight"], bias, inputs["vectors"], inputs["scale"], **settings)  # type: ignore[arg-type]
+            assert gates[..., 5].isnan().all() and y.isnan().all(), f"{dtype}, renormalize={renormalize}"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
