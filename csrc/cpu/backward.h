@@ -99,22 +99,34 @@ class BackwardPass {
   // First, a few rows at a time, what needs whole rows: d and dz. Then, a block of columns at a time, what they give: du, u and the outer
   // products, whose sums stay in registers over all the block's rows. The stores of du wait for memory while the others compute.
   void block(std::int64_t first, int count) {
-    in_tiles(count, [&](auto rows, std::int64_t r) { differentiate_rows<rows>(first + r, r); });
+    if constexpr (kWidensInLoops && !std::is_same_v<C, S>)
+      if (call_.dnormed == nullptr && call_.dy != nullptr && p_.width == stride_ && p_.experts <= 4 * V::kExperts) {
+        const S* dy = static_cast<const S*>(call_.dy) + first * p_.width;
+        return block(first, count, [dy, D = p_.width](std::int64_t row) { return dy + row * D; });
+      }
+    block(first, count, [this](std::int64_t row) { return d_rows_[row]; });
+  }
+
+  // `d(row)`: where the block's row of d lies, as a stream or in d_rows_, which are filled on the way.
+  template <typename Row>
+  void block(std::int64_t first, int count, Row d) {
+    in_tiles(count, [&](auto rows, std::int64_t r) { differentiate_rows<rows>(first + r, r, d); });
     if constexpr (kStrips<C>)
-      if (takes_strips(call_)) return strips(first, count);
+      if (takes_strips(call_)) return strips(first, count, d(0));
     for (std::int64_t c = 0; c < p_.width; c += kColumns<C>) {
-      if (call_.du != nullptr) in_tiles(count, [&](auto rows, std::int64_t r) { gradient_at_u<rows>(first + r, r, c); });
+      if (call_.du != nullptr) in_tiles(count, [&](auto rows, std::int64_t r) { gradient_at_u<rows>(first + r, r, c, d); });
       if (call_.dweight != nullptr) add_to_dW(first, count, c);
-      if (call_.dvectors != nullptr) add_to_dV(first, count, c);
+      if (call_.dvectors != nullptr) add_to_dV(first, count, c, d);
     }
   }
 
   // The second half for eight experts.
-  void strips(std::int64_t first, int count) {
+  template <typename Number>
+  void strips(std::int64_t first, int count, const Number* d) {
     const std::int64_t D = p_.width;
     const S* y = static_cast<const S*>(call_.y) + first * D;
     const S* incoming = call_.dy == nullptr ? y : static_cast<const S*>(call_.dy) + first * D;
-    const Rows<C, S> rows{d_rows_[0], y, static_cast<S*>(call_.du) + first * D, D, dz_};
+    const Rows<C, S, Number> rows{d, y, static_cast<S*>(call_.du) + first * D, D, dz_};
     Lookahead<S> next{incoming + block_ * D, y + block_ * D, rows.du + block_ * D};
     for (std::int64_t c = 0; c < D; c += kLanes) {
       const std::int64_t at = blocked<C>(0, c, kStripExperts);
@@ -172,9 +184,9 @@ class BackwardPass {
   }
 
   // dV += (s g)^T d
-  void add_to_dV(std::int64_t first, std::int64_t count, std::int64_t c) {
-    outer_block(rows_of_d(first, c, [this](std::int64_t row) { return d_rows_[row]; }), count, sg_, p_.experts,
-                partial_->dV.recent() + blocked<C>(0, c, p_.experts));
+  template <typename Row>
+  void add_to_dV(std::int64_t first, std::int64_t count, std::int64_t c, Row d) {
+    outer_block(rows_of_d(first, c, d), count, sg_, p_.experts, partial_->dV.recent() + blocked<C>(0, c, p_.experts));
   }
 
   // The block's rows for outer_block, from column c on. The next block's are fetched meanwhile.
@@ -223,12 +235,16 @@ class BackwardPass {
   }
 
   // Rows first .. first + R, the rows `at` .. of this block: d, s g, dz.
-  template <int R>
-  void differentiate_rows(std::int64_t first, std::int64_t at) {
-    for (int r = 0; r < R; ++r) d_rows_[at + r] = gradient_at_y(first + r, d_ + (at + r) * stride_);
+  template <int R, typename Row>
+  void differentiate_rows(std::int64_t first, std::int64_t at, Row d) {
+    using Pointer = decltype(d(0));
+    if constexpr (std::is_same_v<Pointer, const C*>)
+      for (int r = 0; r < R; ++r) d_rows_[at + r] = gradient_at_y(first + r, d_ + (at + r) * stride_);
     scale_gates(first, at, R);
     if (!needs_a_) return;
-    dots<C, R>(d_rows_ + at, operands_.V, p_.experts, Columns<C>::all(stride_), a_, [](std::int64_t) { return [](std::int64_t) {}; });
+    Pointer rows[R];
+    for (int r = 0; r < R; ++r) rows[r] = d(at + r);
+    dots<C, R>(rows, operands_.V, p_.experts, Columns<C>::all(stride_), a_, [](std::int64_t) { return [](std::int64_t) {}; });
     differentiate_gates(std::integral_constant<int, R>(), first, at);
   }
 
@@ -265,9 +281,9 @@ class BackwardPass {
   }
 
   // du = d + dz W, a block of columns.
-  template <int R>
-  void gradient_at_u(std::int64_t first, std::int64_t at, std::int64_t c) {
-    auto store = storing_du(first, [d = d_rows_ + at](std::int64_t r) { return d[r]; });
+  template <int R, typename Row>
+  void gradient_at_u(std::int64_t first, std::int64_t at, std::int64_t c, Row d) {
+    auto store = storing_du(first, [d, at](std::int64_t r) { return d(at + r); });
     mix_columns<R>(dz_ + at * p_.experts, operands_.W, c, store);
   }
 

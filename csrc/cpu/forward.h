@@ -71,11 +71,23 @@ class ForwardPass {
  private:
   template <int R>
   void steer_rows(std::int64_t first) {
-    const std::int64_t D = p_.width, E = p_.experts;
+    const std::int64_t D = p_.width;
     const S* x = static_cast<const S*>(call_.x) + first * D;
+    if constexpr (!std::is_same_v<C, S>)
+      if (kWidensInLoops && call_.residual == nullptr && D == stride_) {
+        const S* u[R];
+        for (int r = 0; r < R; ++r) u[r] = x + r * D;
+        return steer_rows<R>(first, x, u);
+      }
     const C* u[R];
     for (int r = 0; r < R; ++r) u[r] = add_residual(x + r * D, first + r, u_ + r * stride_);
+    steer_rows<R>(first, x, u);
+  }
 
+  // u: x itself, to be widened on the way, or the rows made from it.
+  template <int R, typename U>
+  void steer_rows(std::int64_t first, const S* x, const U* const* u) {
+    const std::int64_t D = p_.width, E = p_.experts;
     router_logits<R>(u, x);
     const C* g = route_rows(std::integral_constant<int, R>(), first);
     const bool two_tiles = E <= 2 * V::kExperts;  // which have prefetched four of the next rows
@@ -192,8 +204,8 @@ class ForwardPass {
   }
 
   // z = u W^T, without b. Every tile of experts prefetches two of the next rows, a line at a time.
-  template <int R>
-  void router_logits(const C* const* u, const S* x) {
+  template <int R, typename U>
+  void router_logits(const U* const* u, const S* x) {
     const auto fetch_next = [next = x + R * p_.width, width = p_.width](std::int64_t tile) {
       return [even = next + 2 * tile % R * width, odd = next + (2 * tile + 1) % R * width](std::int64_t d) {
         prefetch(even + d);

@@ -83,8 +83,8 @@ template <typename C, int R, int X>
 }
 
 // A register tile of R rows and X experts, from `e` on: R * X accumulators. `meanwhile(d)` is called once for every register of columns.
-template <typename C, int R, int X, typename Meanwhile>
-[[gnu::always_inline]] inline void dots_tile(const C* const* rows, const C* M, std::int64_t experts, std::int64_t e,
+template <typename C, int R, int X, typename U, typename Meanwhile>
+[[gnu::always_inline]] inline void dots_tile(const U* const* rows, const C* M, std::int64_t experts, std::int64_t e,
                                              const Columns<C>& columns, C* z, Meanwhile meanwhile) {
   using V = Vector<C>;
   V sums[R][X];
@@ -107,8 +107,8 @@ template <typename C, int R, int X, typename Meanwhile>
 }
 
 // `columns` are whole blocks. `meanwhile(tile)` gives what a tile calls.
-template <typename C, int R, typename Meanwhile>
-[[gnu::always_inline]] inline void dots(const C* const* rows, const C* M, std::int64_t experts, const Columns<C>& columns, C* z,
+template <typename C, int R, typename U, typename Meanwhile>
+[[gnu::always_inline]] inline void dots(const U* const* rows, const C* M, std::int64_t experts, const Columns<C>& columns, C* z,
                                         Meanwhile meanwhile) {
   constexpr int X = Vector<C>::kExperts;
   std::int64_t e = 0;
@@ -212,7 +212,7 @@ template <typename C, int X, int K, typename Row>
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) sums[e][k] = V::zero();
   for (std::int64_t r = 0; r < rows; ++r, c += experts) {
-    const C* const u = row(std::integral_constant<int, K>(), r, d);
+    const auto* const u = row(std::integral_constant<int, K>(), r, d);
     V part[K];
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) part[k] = V::load(u + k * V::kLanes).kept();

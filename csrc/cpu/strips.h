@@ -21,11 +21,11 @@ constexpr int kStripRows = 24;  // of a block: with more, their lines do not sta
 template <typename C>
 constexpr bool kStrips = sizeof(Vector<C>) == 64;  // with AVX-512, which has the registers
 
-// A block of rows, `step` numbers apart: d (in type C), y and du, and dz (rows, kStripExperts), with s g kStripRows rows behind it. One
-// step for all, and few pointers: more do not stay in registers.
-template <typename C, typename S>
+// A block of rows, `step` numbers apart: d (widened, or as it lies in the stream), y and du, and dz (rows, kStripExperts), with s g
+// kStripRows rows behind it. One step for all, and few pointers: more do not stay in registers.
+template <typename C, typename S, typename D>
 struct Rows {
-  const C* d;
+  const D* d;
   const S* y;
   S* du;
   std::int64_t step;
@@ -45,8 +45,8 @@ struct Lookahead {
 };
 
 // R rows of a strip. W and V: its register of every expert, kColumns apart.
-template <int R, typename C, typename S>
-[[gnu::always_inline]] inline void strip_rows(const Rows<C, S>& rows, const C* W, const C* V, Vector<C>* dW, Vector<C>* dV,
+template <int R, typename C, typename S, typename D>
+[[gnu::always_inline]] inline void strip_rows(const Rows<C, S, D>& rows, const C* W, const C* V, Vector<C>* dW, Vector<C>* dV,
                                               Lookahead<S>& ahead) {
   using Register = Vector<C>;
   Register d[R], du[R], u[R];
@@ -88,15 +88,15 @@ template <int R, typename C, typename S>
 
 // A strip of `count` rows of the block, from `column` on; dW and dV lie as W and V do. The block comes by reference: a copy for every strip
 // is written in pieces and read as a whole, and waits until they have left the store queue, in which they stand behind the stream's.
-template <typename C, typename S>
-[[gnu::noinline]] void strip(const Rows<C, S>& block, std::int64_t column, std::int64_t count, const C* W, const C* V, C* dW, C* dV,
+template <typename C, typename S, typename D>
+[[gnu::noinline]] void strip(const Rows<C, S, D>& block, std::int64_t column, std::int64_t count, const C* W, const C* V, C* dW, C* dV,
                              Lookahead<S>& next) {
   using Register = Vector<C>;
   constexpr int R = 3;
   Register sums_W[kStripExperts], sums_V[kStripExperts];
 #pragma GCC unroll 8
   for (int e = 0; e < kStripExperts; ++e) sums_W[e] = sums_V[e] = Register::zero();
-  Rows<C, S> rows = block.right(column);
+  Rows<C, S, D> rows = block.right(column);
   Lookahead<S> ahead = next;
   const C* const end = rows.dz + count * kStripExperts;
   for (const C* const last = end - R * kStripExperts; rows.dz <= last; rows = rows.down(R))

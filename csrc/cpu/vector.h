@@ -279,6 +279,14 @@ struct Vector {
 
 #endif
 
+// Whether loops may as well read numbers of half precision as they lie and widen them each time: an instruction or two, where a widened
+// copy has to be written and does not stay in L1.
+#if defined(__AVX2__)
+constexpr bool kWidensInLoops = true;
+#else
+constexpr bool kWidensInLoops = false;
+#endif
+
 // The sums of four registers, each over its lanes.
 template <typename C>
 inline void sum_four(const Vector<C>* x, C* sums) {
