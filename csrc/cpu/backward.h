@@ -107,7 +107,7 @@ class BackwardPass {
     block(first, count, [this](std::int64_t row) { return d_rows_[row]; });
   }
 
-  // `d(row)`: where the block's row of d lies, as a stream or in d_rows_, which are filled on the way.
+  // `d(row)`: the block's row of d, in the stream dy itself, or (in type C) in d_rows_, which differentiate_rows fills then.
   template <typename Row>
   void block(std::int64_t first, int count, Row d) {
     in_tiles(count, [&](auto rows, std::int64_t r) { differentiate_rows<rows>(first + r, r, d); });
@@ -352,7 +352,7 @@ class BackwardPass {
     const V center = V::set(mean), scale = V::set(rstd);
     V sum_t = V::zero(), sum_tx = V::zero();
     for (std::int64_t c = 0; c < D; c += kLanes) {
-      prefetch(dn + V::kRows * D + c);                  // the outer products ask for dy and y
+      prefetch(dn + V::kRows * D + c);                  // a tile ahead: nothing else asks for dn
       const V incoming = load_up_to<C>(dn + c, D - c);  // zero past the end: adds nothing to the sums
       const V xhat = (V::load(p + c) - center) * scale;
       const V t = gamma == nullptr ? incoming : incoming * V::load(gamma + c);

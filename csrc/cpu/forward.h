@@ -20,7 +20,7 @@ namespace steer::cpu::STEER_NAMESPACE {
 template <typename C>
 constexpr bool kTurns = sizeof(Vector<C>) == 64;  // with AVX-512: with narrower registers arithmetic is slow enough that reading keeps up
 
-// The prefetchers of AMD's processors (Zen 4) keep up as well, and there the turns cost more than they save.
+// By turns on Intel's processors alone: the prefetchers of AMD's (Zen 4) keep up without, and there the turns cost more than they save.
 inline bool turns_pay() {
 #if defined(__AVX512F__)
   return __builtin_cpu_is("intel");
@@ -99,7 +99,7 @@ class ForwardPass {
     norm_rows(first, R);
   }
 
-  // Where rows lie ready in the stream, and are too wide to stay in L1 between their dot products and their mix.
+  // Where that pays, rows lie ready in the stream, and are too wide to stay in L1 between their dot products and their mix.
   bool takes_turns() const { return turns_pay() && call_.residual == nullptr && p_.width == stride_ && p_.width >= 3 * kTurn<C>; }
 
   // Tiles of rows as in steer_rows, as many as there are from `first` on; returns the row behind them. The next rows' dot products are
@@ -300,7 +300,7 @@ class ForwardPass {
   std::int64_t stride_;
   Buffer<C> scratch_;
   C *u_, *y_, *pooled_, *z_, *sums_;
-  std::vector<Rank<C>> selection_;
+  std::vector<Integer<C>> selection_;
   struct Tiled {
     Tiled(std::int64_t experts, std::int64_t width) : unit(experts, width), gates(experts), rows(width) {}
     Tiles unit;

@@ -49,6 +49,16 @@ template <typename Work>
     work(experts);
 }
 
+// Out of line: the same instructions add up every row then. Where the compiler knows how many rows there are, it adds up in another order
+// for one than for several, and which rows come together depends on the number of threads where frames are pooled.
+template <typename C>
+[[gnu::noinline]] C sum_of(const C* p, std::int64_t count) {
+  double sum = 0;  // long chains of additions are what the gates' accuracy hangs on
+#pragma omp simd reduction(+ : sum)
+  for (std::int64_t i = 0; i < count; ++i) sum += p[i];
+  return static_cast<C>(sum);
+}
+
 // p = softmax(z), `rows` of them, one after another.
 template <typename C, typename Count>
 [[gnu::always_inline]] inline void softmax_rows(const C* z, std::int64_t rows, Count experts, C* p) {
@@ -61,10 +71,7 @@ template <typename C, typename Count>
   }
   exponentials(p, rows * experts);
   for (std::int64_t r = 0; r < rows; ++r, p += experts) {
-    double sum = 0;  // long chains of additions are what the gates' accuracy hangs on
-#pragma omp simd reduction(+ : sum)
-    for (std::int64_t e = 0; e < experts; ++e) sum += p[e];
-    const C total = static_cast<C>(sum);
+    const C total = sum_of<C>(p, experts);
     for (std::int64_t e = 0; e < experts; ++e) p[e] /= total;
   }
 }
@@ -92,8 +99,8 @@ inline void add_bias_of_eight(float* z, const float* b, std::int64_t rows) {
   if (r < rows) _mm256_storeu_ps(z, _mm256_add_ps(join(z), bias));
 }
 
-// The same as softmax_rows for eight experts, two rows a register.
-inline __m512 softmax_of_eights(__m512 logits) {
+// The softmax of two rows of eight experts.
+inline __m512 softmax_of_pair(__m512 logits) {
   const __m512 largest = fold_eights(logits, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
   alignas(64) float lanes[16];
   _mm512_store_ps(lanes, _mm512_sub_ps(logits, largest));
@@ -102,23 +109,20 @@ inline __m512 softmax_of_eights(__m512 logits) {
   return _mm512_div_ps(powers, fold_eights(powers, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); }));
 }
 
+// The same as softmax_rows for eight experts, two rows a register.
 inline void softmax_of_eight(const float* z, std::int64_t rows, float* p) {
   std::int64_t r = 0;
-  for (; r + 2 <= rows; r += 2, z += 16, p += 16) _mm512_storeu_ps(p, softmax_of_eights(_mm512_loadu_ps(z)));
-  if (r < rows) _mm256_storeu_ps(p, _mm512_castps512_ps256(softmax_of_eights(_mm512_broadcast_f32x8(_mm256_loadu_ps(z)))));
+  for (; r + 2 <= rows; r += 2, z += 16, p += 16) _mm512_storeu_ps(p, softmax_of_pair(_mm512_loadu_ps(z)));
+  if (r < rows) _mm256_storeu_ps(p, _mm512_castps512_ps256(softmax_of_pair(_mm512_broadcast_f32x8(_mm256_loadu_ps(z)))));
 }
 
 #endif
 
-// Eight experts have a way of their own.
-template <typename C>
-constexpr bool kEights = std::is_same_v<C, float> && sizeof(Vector<C>) == 64;
-
-// z += b, of `rows` rows; b may be null.
+// z += b, of `rows` rows; b may be null. Of eight experts the numbers are joined into registers even then.
 template <typename C>
 inline void add_bias(C* z, const C* b, std::int64_t rows, std::int64_t experts) {
 #if defined(__AVX512F__)
-  if constexpr (kEights<C>)
+  if constexpr (std::is_same_v<C, float>)
     if (experts == 8) return add_bias_of_eight(z, b, rows);
 #endif
   if (b == nullptr) return;
@@ -132,58 +136,59 @@ inline void add_bias(C* z, const C* b, std::int64_t rows, std::int64_t experts) 
 template <typename C>
 inline void softmax(const C* z, std::int64_t rows, std::int64_t experts, C* p) {
 #if defined(__AVX512F__)
-  if constexpr (kEights<C>)
+  if constexpr (std::is_same_v<C, float>)
     if (experts == 8) return softmax_of_eight(z, rows, p);
 #endif
   with_experts(experts, [&](auto count) { softmax_rows(z, rows, count, p); });
 }
 
-// An integer as wide as C.
+// An integer as wide as C, for loops over both.
 template <typename C>
-using Rank = std::conditional_t<sizeof(C) == 4, std::int32_t, std::int64_t>;
+using Integer = std::conditional_t<sizeof(C) == 4, std::int32_t, std::int64_t>;
 
 // Integers in the order of the numbers: NaN above all, and both zeros alike.
 template <typename C>
-inline Rank<C> ordered(C value) {
+inline Integer<C> ordered(C value) {
   const C positive_zero = value + C(0);
-  Rank<C> bits;
+  Integer<C> bits;
   std::memcpy(&bits, &positive_zero, sizeof(bits));
-  constexpr Rank<C> kLargest = std::numeric_limits<Rank<C>>::max();
+  constexpr Integer<C> kLargest = std::numeric_limits<Integer<C>>::max();
   return value != value ? kLargest : bits ^ (bits < 0 ? kLargest : 0);
 }
 
 // chosen[e] = whether logit e is among the top_k largest ones. Of equal logits the lowest index wins; NaN counts as the largest. `keys`,
-// and `sorted` where there are many experts, are scratch.
+// and where there are many experts `others`, are scratch.
 template <typename C, typename Count>
-[[gnu::always_inline]] inline void select_top_k(const C* z, Count experts, Rank<C> top_k, Rank<C>* keys, Rank<C>* sorted, Rank<C>* chosen) {
+[[gnu::always_inline]] inline void select_top_k(const C* z, Count experts, Integer<C> top_k, Integer<C>* keys, Integer<C>* others,
+                                                Integer<C>* chosen) {
   constexpr std::int64_t kFew = 64;
-  const Rank<C> E = static_cast<Rank<C>>(experts);
-  for (Rank<C> e = 0; e < E; ++e) keys[e] = ordered(z[e]);
+  const Integer<C> E = static_cast<Integer<C>>(experts);
+  for (Integer<C> e = 0; e < E; ++e) keys[e] = ordered(z[e]);
   if (experts <= kFew) {
     // How many come before each one: each is compared with each, without branches, whole registers at once.
-    for (Rank<C> e = 0; e < E; ++e) chosen[e] = 0;
-    for (Rank<C> j = 0; j < E; ++j) {
-      const Rank<C> key = keys[j];
-      for (Rank<C> e = 0; e < E; ++e) chosen[e] += key > keys[e] - (j < e ? 1 : 0) ? 1 : 0;
+    for (Integer<C> e = 0; e < E; ++e) chosen[e] = 0;
+    for (Integer<C> j = 0; j < E; ++j) {
+      const Integer<C> key = keys[j];
+      for (Integer<C> e = 0; e < E; ++e) chosen[e] += key > keys[e] - (j < e ? 1 : 0) ? 1 : 0;
     }
-    for (Rank<C> e = 0; e < E; ++e) chosen[e] = chosen[e] < top_k ? 1 : 0;
+    for (Integer<C> e = 0; e < E; ++e) chosen[e] = chosen[e] < top_k ? 1 : 0;
     return;
   }
-  std::copy_n(keys, E, sorted);
-  std::nth_element(sorted, sorted + top_k - 1, sorted + E, std::greater<Rank<C>>());
-  const Rank<C> last = sorted[top_k - 1];
-  Rank<C> left = top_k;  // for those that equal the last one
-  for (Rank<C> e = 0; e < E; ++e) left -= keys[e] > last ? 1 : 0;
-  for (Rank<C> e = 0; e < E; ++e) chosen[e] = keys[e] > last || (keys[e] == last && left-- > 0) ? 1 : 0;
+  std::copy_n(keys, E, others);
+  std::nth_element(others, others + top_k - 1, others + E, std::greater<Integer<C>>());
+  const Integer<C> last = others[top_k - 1];
+  Integer<C> left = top_k;  // for those that equal the last one
+  for (Integer<C> e = 0; e < E; ++e) left -= keys[e] > last ? 1 : 0;
+  for (Integer<C> e = 0; e < E; ++e) chosen[e] = keys[e] > last || (keys[e] == last && left-- > 0) ? 1 : 0;
 }
 
 // g = route(z) where experts are selected, `rows` rows. `probs` receives the full softmax where the gates are not renormalised, and may be
-// null where they are; `scratch` is for rows + 2 rows.
+// null where they are; `scratch` is for select_top_k's keys and others and the rows' chosen, (rows + 2, E).
 template <typename C>
-inline void route_selected(const C* z, const Problem& problem, std::int64_t rows, C* g, C* probs, Rank<C>* scratch) {
+inline void route_selected(const C* z, const Problem& problem, std::int64_t rows, C* g, C* probs, Integer<C>* scratch) {
   const std::int64_t experts = problem.experts, numbers = rows * experts;
-  const Rank<C> k = static_cast<Rank<C>>(problem.top_k);
-  Rank<C>* const chosen = scratch + 2 * experts;
+  const Integer<C> k = static_cast<Integer<C>>(problem.top_k);
+  Integer<C>* const chosen = scratch + 2 * experts;
   with_experts(experts, [&](auto count) {
     for (std::int64_t r = 0; r < rows; ++r) select_top_k(z + r * count, count, k, scratch, scratch + count, chosen + r * count);
   });

@@ -12,6 +12,7 @@ import pytest
 import torch
 from problems import Problem, draw, dtypes_of, fused, interpreted
 
+from steermoe_kernels import available_backends
 from steermoe_kernels.backends import cpu
 
 needs_cpu = pytest.mark.skipif(cpu.unavailable() is not None, reason="the compiled module is not here")
@@ -55,22 +56,29 @@ SHARED_OUT = [
     Problem(frames=1499, width=96, num_experts=8, norm="layer", residual=True),
     Problem(frames=301, width=1280, num_experts=128),  # too large for a copy of its parameters a thread
     Problem(batch=2, frames=301, width=64, num_experts=32, norm="layer", pool="mean", pool_size=4, residual=True),
+    Problem(frames=501, width=128, num_experts=8, norm="layer", pool="mean", pool_size=3),  # shards begin anywhere within a tile of rows
+    Problem(frames=501, width=128, num_experts=9, top_k=7, norm="layer", pool="mean", pool_size=3),
 ]
 
 
 def _on_threads(problem: Problem, dtype: torch.dtype, threads: int) -> dict[str, torch.Tensor]:
     before = torch.get_num_threads()
+    drawn = draw(problem, dtype, torch.device("cpu"))  # first: PyTorch's products change their bits with the threads
     torch.set_num_threads(threads)
     try:
-        return fused(problem, *draw(problem, dtype, torch.device("cpu")), "cpu")
+        return fused(problem, *drawn, "cpu")
     finally:
         torch.set_num_threads(before)
 
 
 @needs_cpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("level", ["amx", "avx512bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("problem", SHARED_OUT, ids=str)
-def test_threads_change_no_bit(problem: Problem, dtype: torch.dtype) -> None:
+def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch, problem: Problem, dtype: torch.dtype, level: str) -> None:
+    monkeypatch.setenv("STEERMOE_SIMD", level)
+    if "cpu" not in available_backends():
+        pytest.skip(f"no {level} here")
     one = _on_threads(problem, dtype, 1)
     for threads in (2, 3, 5):
         for name, tensor in _on_threads(problem, dtype, threads).items():
