@@ -23,12 +23,12 @@ from tones import ToneModel, ToneProcessor, record
 
 pytest.importorskip("espeakng_loader", reason="speech synthesis needs the espeakng-loader wheel")
 
-from steermoe import cli
 from steermoe.backbones import encoder_path, language_model_path
 from steermoe.demo import demonstration
 from steermoe.demo.report import wer_by_voice
 from steermoe.demo.speech import HELD_OUT_VOICES
 from steermoe.training_config import ModelConfig
+from steermoe_console import cli
 
 try:
     encoder_path(), language_model_path()
@@ -343,14 +343,16 @@ def test_ctrl_c_in_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_ctrl_c_while_the_command_line_is_imported() -> None:
-    interrupt = """
+@pytest.mark.parametrize("library", ["typer", "torch"])
+def test_ctrl_c_while_libraries_are_imported(library: str) -> None:
+    interrupt = f"""
 import signal, sys
 class Interrupter:
     def find_spec(self, name, *_):
-        if name == "torch":
+        if name == "{library}":
             signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Interrupter())
+sys.argv = ["steermoe", "inspect", "nowhere"]
 from steermoe_console import main
 main()
 """
@@ -358,10 +360,19 @@ main()
     assert (run.returncode, run.stdout, run.stderr) == (130, "", "interrupted\n")
 
 
-def test_the_console_script_is_the_command_line() -> None:
-    program = "from steermoe_console import main; main()"
-    run = subprocess.run([sys.executable, "-c", program, "frobnicate"], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 2 and "frobnicate" in run.stderr
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"), [("--help", 0, "transcribe"), ("ask --help", 0, "question"), ("tell", 2, "'tell'")]
+)
+def test_the_console_script_answers_before_the_system_is_imported(arguments: str, status: int, said: str) -> None:
+    program = """
+import atexit, sys
+from steermoe_console import main
+atexit.register(lambda: sys.stderr.write(str({"torch", "transformers"} & sys.modules.keys())))
+main()
+"""
+    run = subprocess.run([sys.executable, "-c", program, *arguments.split()], capture_output=True, text=True, timeout=60)
+    assert run.returncode == status and said in run.stdout + run.stderr
+    assert run.stderr.endswith("set()"), run.stderr
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, error: BaseException, *arguments: object) -> object:

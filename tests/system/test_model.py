@@ -504,6 +504,8 @@ def test_without_its_dependencies_the_import_says_what_to_install() -> None:
     hidden = "import sys; sys.modules['transformers'] = None; import steermoe"
     run = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.rstrip().endswith("pip install 'steermoe-kernels[system]'"), run.stderr
-    hidden = "import sys; sys.modules['transformers'] = None; import steermoe_console; steermoe_console.main()"
-    run = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
+    for library in ("transformers", "typer"):
+        hidden = f"import sys; sys.modules['{library}'] = None; import steermoe_console; steermoe_console.main()"
+        run = subprocess.run([sys.executable, "-c", hidden, "inspect", "nowhere"], capture_output=True, text=True)
+        assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
+        assert run.stderr.rstrip().endswith("pip install 'steermoe-kernels[system]'"), run.stderr
