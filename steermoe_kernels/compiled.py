@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -62,13 +63,15 @@ def _operand(tensor: Tensor | None) -> tuple[int, int]:
 
 
 def forward_results(x: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Room for ``(y, normed, gates, probs, stats)``, as `steermoe_kernels.backends` describes them."""
-    batch, time, width = x.shape
-    pooled = -(-time // options.pool_size) if options.pool else time
-    gates = x.new_empty((batch, time, options.num_experts), dtype=compute_dtype(x.dtype))
+    """Room for ``(y, normed, gates, probs, stats)`` of a stream (..., D), as `steermoe_kernels.backends` describes them."""
+    *lead, width = x.shape
+    gates = x.new_empty((*lead, options.num_experts), dtype=compute_dtype(x.dtype))
     probs = torch.empty_like(gates) if options.keeps_probs else gates.new_empty(0)
-    normed = x.new_empty((batch, pooled, width) if options.norm else 0)
-    stats = gates.new_empty((2, batch, pooled) if options.norm else 0)
+    if options.pool:
+        lead[1] = -(-lead[1] // options.pool_size)
+    normed = x.new_empty((*lead, width) if options.norm else 0)
+    clips = lead if len(lead) == 2 else (1, math.prod(lead))
+    stats = gates.new_empty((2, *clips) if options.norm else 0)
     return x.new_empty(x.shape), normed, gates, probs, stats
 
 

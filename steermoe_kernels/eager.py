@@ -75,20 +75,12 @@ def steer_directly(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor] | No
 def _differentiate(
     ctx: Any, saved: tuple[Tensor | None, ...], dy: Tensor | None, dnormed: Tensor | None, dgates: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """As the operator does, whose frames are (B, T, D), and absent tensors of size 0, where a direct way has (..., D) and None."""
-    directly, _, *settings = ctx.way
-    needs, y = ctx.needs_input_grad, saved[0]
-    if directly is None:
-        return ops.by_input(needs, ops.differentiate(needs, settings, saved, dy, dnormed, dgates))
-
-    def frames(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or tensor.dim() == 3 else tensor.reshape(1, -1, tensor.shape[-1])
-
-    _, gates, probs, stats, *parameters = saved
+    """As the operator does, to which absent tensors are of size 0, where a direct way has None."""
+    _, _, *settings = ctx.way
+    needs, (y, gates, probs, stats, *parameters) = ctx.needs_input_grad, saved
     nothing = gates.new_empty(0)  # type: ignore[union-attr]
-    kept = (frames(y), frames(gates), nothing if probs is None else frames(probs), nothing if stats is None else stats, *parameters)
-    du, *others = ops.differentiate(needs, settings, kept, frames(dy), frames(dnormed), frames(dgates))
-    return ops.by_input(needs, (None if du is None else du.view(y.shape), *others))  # type: ignore[union-attr]
+    kept = (y, gates, nothing if probs is None else probs, nothing if stats is None else stats, *parameters)
+    return ops.by_input(needs, ops.differentiate(needs, settings, kept, dy, dnormed, dgates))
 
 
 def _preferred(x: Tensor, weight: Tensor) -> str | None:

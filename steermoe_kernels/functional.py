@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -128,15 +126,9 @@ def _run(
         scale = torch.full((), float(scale), dtype=compute_dtype(x.dtype), device=x.device)
     elif scale.numel() == 1:
         scale = scale.reshape(())
-    lead, (num_experts, width) = x.shape[:-1], (weight.shape[0], x.shape[-1])
-    if x.dim() == 3:
-        frames, residual_frames = x, residual
-    else:
-        frames = x.reshape(1, math.prod(lead), width)  # lead.numel() would be a constant to tracers
-        residual_frames = None if residual is None else residual.reshape(frames.shape)
-    y, normed, gates = eager.steer(
-        frames,
-        residual_frames,
+    return eager.steer(
+        x,
+        residual,
         weight,
         bias,
         vectors,
@@ -147,10 +139,7 @@ def _run(
         eps,
         pool or "",
         pool_size,
-        check_top_k(top_k, num_experts),
+        check_top_k(top_k, weight.shape[0]),
         renormalize,
         backend,
     )
-    if x.dim() == 3:
-        return y, normed, gates
-    return y.view(x.shape), normed.view(x.shape) if norm else normed, gates.view(*lead, num_experts)

@@ -4,12 +4,16 @@ One operator a direction, so that torch.compile, CUDA graphs, checkpointing, DDP
 anything is computed, in the fake as well, so that a traced call fails with the same words. `eager.py` is the way past torch's dispatcher,
 `projection.py` the operator ``steermoe::project``.
 
+Streams are (..., D) to the operator and (B, T, D) to backends. Were they reshaped by its caller, autograd would undo that for ``x`` and for
+``residual``, whose gradient is the same tensor: two views of one piece of memory, into both of which it then adds what comes next.
+
 What the backward keeps of a steering pass: ``y`` (which whatever reads the stream next keeps anyway), the gates, and two numbers a
 normalised frame. The step is undone, ``u = y - s (g V)``, instead of storing ``u`` and ``g V``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .backends import Options, select_backend
-from .checks import check_tensors
+from .checks import check_stream, check_tensors
 from .choice import Shape
 from .compiled import backward_results, forward_results
 from .watchers import is_observed, refuse_second_derivative
@@ -53,8 +57,21 @@ def options_of(num_experts: int, *settings: Any) -> Options:
 
 
 def _shape(stream: Tensor, weight: Tensor) -> Shape:
-    batch, time, width = stream.shape
-    return Shape(weight.shape[0], batch * time, width)
+    return Shape(weight.shape[0], math.prod(stream.shape[:-1]), stream.shape[-1])
+
+
+def _frames(tensor: Tensor | None) -> Tensor | None:
+    """(B, T, ...) for backends; absent ones, of size 0, as they are."""
+    if tensor is None or tensor.dim() == 3 or tensor.numel() == 0:
+        return tensor
+    return tensor.reshape(1, math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _unframed(tensor: Tensor, lead: torch.Size) -> Tensor:
+    """(..., n) again, for a stream whose shape begins with ``lead``. Not a view to autograd: nobody else has the tensor."""
+    if tensor.dim() - 1 == len(lead) or tensor.numel() == 0:
+        return tensor
+    return torch.ops.aten._unsafe_view(tensor, (*lead, tensor.shape[-1]))
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------------------------
@@ -65,6 +82,8 @@ def _results_like(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     *tensors, norm, eps, pool, pool_size, top_k, renormalize, _ = arguments
     check_tensors(*tensors)
     x, _, weight, *_ = tensors
+    if pool:
+        check_stream("x", x, rank=3)
     return forward_results(x, Options(norm, eps, pool, pool_size, top_k, renormalize, weight.shape[0]))
 
 
@@ -87,10 +106,14 @@ def steer(
     tensors = (x, residual, weight, bias, vectors, scale, norm_weight, norm_bias)
     check_tensors(*tensors)
     options = options_of(weight.shape[0], *settings[:-1])
+    if options.pool:
+        check_stream("x", x, rank=3)
     module = select_backend(settings[-1], x.device, x.dtype, _shape(x, weight), options)
     if x.numel() == 0:
         return _results_like(*tensors, *settings)
-    return tuple(t.contiguous() for t in module.steer_forward(*_contiguous(*tensors), options))  # type: ignore[return-value]
+    streams = (_frames(x), _frames(residual), *tensors[2:])
+    *results, stats = (t.contiguous() for t in module.steer_forward(*_contiguous(*streams), options))
+    return *(_unframed(t, x.shape[:-1]) for t in results), stats  # type: ignore[return-value]
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------------------------
@@ -173,9 +196,11 @@ def _needed_gradients(
         return [grad.zero_() for grad in _gradients_like(y, gates, weight, needs)]
     options = options_of(weight.shape[0], *of_pass)
     module = select_backend(backend, y.device, y.dtype, _shape(y, weight), options)
-    return module.steer_backward(  # what was saved is contiguous, too, unless hooks have packed and unpacked it
-        *_contiguous(dy, dnormed, dgates, y, gates, probs, stats, weight, vectors, scale, norm_weight), options, needs
+    streams = map(_frames, (dy, dnormed, dgates, y, gates, probs))
+    du, *others = module.steer_backward(  # what was saved is contiguous, too, unless hooks have packed and unpacked it
+        *_contiguous(*streams, stats, weight, vectors, scale, norm_weight), options, needs
     )
+    return [None if du is None else _unframed(du.contiguous(), y.shape[:-1]), *others]
 
 
 @torch.library.impl(_lib, "steer_backward", "CompositeExplicitAutograd")

@@ -60,6 +60,17 @@ def test_opcheck(backend: str, device: torch.device, problem: Problem) -> None:
     torch.library.opcheck(torch.ops.steermoe.steer.default, (*(inputs.get(name) for name in names), *settings))
 
 
+@pytest.mark.parametrize("lead", [(), (5,), (1, 2, 2, 1)], ids=str)
+def test_opcheck_of_streams_of_any_shape(backend: str, device: torch.device, lead: tuple[int, ...]) -> None:
+    x, residual = (_frames(device, *lead, seed=seed).requires_grad_() for seed in (1, 2))
+    weight, vectors = _frames(device, EXPERTS, seed=3), _frames(device, EXPERTS, seed=4).requires_grad_()
+    settings = ("layer", 1e-5, "", 1, 2, True, backend)
+    arguments = (x, residual, weight, None, vectors, torch.tensor(0.1, device=device), None, None, *settings)
+    torch.library.opcheck(torch.ops.steermoe.steer.default, arguments)
+    with pytest.raises(ValueError, match="to be pooled over time"):
+        torch.ops.steermoe.steer(*arguments[:8], "layer", 1e-5, "max", 2, 2, True, backend)
+
+
 @pytest.mark.parametrize("wanted", [(), ("h",), ("weight", "bias"), ("h", "weight", "bias")])
 def test_opcheck_of_the_projection(wanted: tuple[str, ...]) -> None:
     tensors = {"h": torch.randn(2, 5, WIDTH), "weight": torch.randn(6, WIDTH), "bias": torch.randn(6)}
@@ -310,6 +321,28 @@ def test_gradients_accumulate(backend: str, device: torch.device) -> None:
     aligner(_frames(device, 2, 3), 0).square().sum().backward()
     for name, grad in once.items():
         assert torch.equal(dict(aligner.named_parameters())[name].grad, 2 * grad), name
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
+def test_the_gradient_of_stream_and_residual_accumulates_in_each(
+    backend: str, device: torch.device, lead: tuple[int, ...], compiled: bool, fresh_dynamo: None
+) -> None:
+    if interpreted(backend) and lead != (3,):
+        pytest.skip("too slow in Triton's interpreter")
+    streams = [_frames(device, *lead, seed=seed).requires_grad_() for seed in (1, 2)]
+    weight, vectors = _frames(device, EXPERTS, seed=3), _frames(device, EXPERTS, seed=4)
+
+    def run(x: Tensor, residual: Tensor) -> Tensor:
+        y, normed, gates = SF.steer_norm(x, weight, None, vectors, 0.1, None, None, residual=residual, backend=backend)
+        return y.square().sum() + normed[..., :3].sum() + gates.square().sum()
+
+    passes = torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run
+    once = torch.autograd.grad(run(*streams), streams)
+    for _ in range(2):
+        passes(*streams).backward()
+    for stream, grad in zip(streams, once, strict=True):
+        torch.testing.assert_close(stream.grad, 2 * grad)
 
 
 def test_functional_call_with_other_weights(backend: str, device: torch.device) -> None:
