@@ -152,6 +152,9 @@ def _check_fits(encoder: nn.Module, layers: list[nn.Module], aligner: FusedSteer
     if width is not None and aligner.feature_dim != width:
         raise ValueError(f"{name} has width {width}, the aligner has {aligner.feature_dim}")
     device = aligner.steering_vectors.device
+    for key, parameter in aligner.named_parameters():
+        if parameter.device != device:
+            raise ValueError(f"the aligner's {key} is on {parameter.device}, its steering_vectors on {device}: move one to the other")
     for layer in layers:
         for parameter in layer.parameters():
             if parameter.device != device:

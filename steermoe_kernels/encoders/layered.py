@@ -2,16 +2,24 @@
 
 The layers are the members of the encoder's only list (lists inside a member of a list do not count). Where an encoder holds several, they
 are the list whose members are all of one class and each hold a norm and a Linear of the encoder's width; convolutions of a feature
-extractor do not, and two such lists, as of an encoder and a decoder, are an error that names them.
+extractor do not, and two such lists, as of an encoder and a decoder, are an error that names them. So is a list of lists: what runs between
+their members nobody but the encoder knows.
+
+Pooling needs an encoder that runs its last layer once, on (B, T, D), and leaves time alone afterwards. Where that shows only while it runs,
+as with layers used in a loop, the pass ends in an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..checks import check_stream
 from ..modules import FusedSteerMoE
 from .class_swap import swap
 from .stream import Steered, pooled
@@ -19,7 +27,18 @@ from .stream import Steered, pooled
 PRIORITY = 0
 
 _WIDTHS = ("hidden_size", "d_model", "encoder_embed_dim", "embed_dim", "n_embd", "dim")
-_LAYERDROPS = ("layerdrop", "encoder_layerdrop")
+_LAYERDROPS = ("speech_encoder_layerdrop", "layerdrop", "encoder_layerdrop")  # the first one that a config has is this encoder's
+
+
+@dataclass(eq=False)
+class Pass:
+    """An encoder that is running, and the frames its last layer has been pooled to, None before it has run."""
+
+    encoder: nn.Module
+    frames: int | None = None
+
+
+_passes: ContextVar[tuple[Pass, ...]] = ContextVar("_passes", default=())  # of this thread, the innermost last
 
 
 def takes(encoder: nn.Module) -> bool:
@@ -47,6 +66,7 @@ def steer(encoder: nn.Module, aligner: FusedSteerMoE, pool: str | None, pool_siz
         member.register_forward_hook(SteerAfter(aligner, index, here, pool_size, index == written), prepend=True)
     if pool is not None:
         encoder.register_forward_pre_hook(NeedsEveryLayer(owner))
+        encoder.register_forward_hook(PooledOnce(), always_call=True)
     if isinstance(owner, nn.TransformerEncoder):
         swap(owner, KeepsPadding)
 
@@ -99,7 +119,18 @@ class SteerAfter:
         y = self.aligner(h, self.layer)
         if self.written and y.requires_grad:
             y = y.clone()
-        return y if self.pool is None else pooled(y, self.pool, self.pool_size)
+        if self.pool is None:
+            return y
+        check_stream("the last layer's output", y, rank=3)
+        y = pooled(y, self.pool, self.pool_size)
+        if not torch.compiler.is_compiling() and (passes := _passes.get()):
+            if passes[-1].frames is not None:
+                raise RuntimeError(
+                    "the last layer has run twice in one pass of the encoder, and pooling belongs after its last run: steer without "
+                    "pooling, and pool what the encoder returns"
+                )
+            passes[-1].frames = y.shape[1]
+        return y
 
 
 class NeedsEveryLayer:
@@ -109,12 +140,38 @@ class NeedsEveryLayer:
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if not module.training:
-            return
-        for holder in (module, self.owner, getattr(module, "config", None), getattr(self.owner, "config", None)):
+        if module.training and (name := self._layerdrop(module)):
+            raise RuntimeError(f"pooling after the last layer needs every layer to run: set {name} to 0 to train this encoder")
+        if not torch.compiler.is_compiling():
+            _passes.set((*_passes.get(), Pass(module)))
+
+    def _layerdrop(self, module: nn.Module) -> str | None:
+        """The name of a setting that is not zero: the modules' own, or their configs' where they have none."""
+        holders = (module, self.owner)
+        for holder in (*holders, *(getattr(holder, "config", None) for holder in holders)):
             for name in _LAYERDROPS:
-                if getattr(holder, name, 0.0):
-                    raise RuntimeError(f"pooling after the last layer needs every layer to run: set {name} to 0 to train this encoder")
+                if (share := getattr(holder, name, None)) is not None:
+                    return name if share else None
+        return None
+
+
+class PooledOnce:
+    """Forward hook: RuntimeError for an encoder that went on with another length than that to which its last layer was pooled."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not (passes := _passes.get()) or passes[-1].encoder is not module:
+            return
+        _passes.set(passes[:-1])
+        frames = passes[-1].frames
+        if isinstance(output, Mapping):
+            output = next(iter(output.values()), None)
+        elif isinstance(output, (tuple, list)):
+            output = output[0] if output else None
+        if frames is not None and isinstance(output, Tensor) and output.dim() == 3 and output.shape[1] > frames:
+            raise RuntimeError(
+                f"{type(module).__name__} returned {output.shape[1]} frames after its last layer was pooled to {frames}: what comes after "
+                "the layers depends on the length before; steer without pooling, and pool what the encoder returns"
+            )
 
 
 def _find_layers(encoder: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
@@ -135,6 +192,11 @@ def _find_layers(encoder: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
             "steermoe_kernels/encoders"
         )
     owner, members = next(iter(chosen.values()))
+    if any(isinstance(member, (nn.ModuleList, nn.ModuleDict)) for member in members):
+        raise ValueError(
+            f"the layers of {type(encoder).__name__} are lists of modules, and what happens between those only its forward knows: pass a "
+            "part of it whose list holds the layers themselves, or give it a module of its own in steermoe_kernels/encoders"
+        )
     if len(set(map(id, members))) != len(members):
         raise ValueError(f"{type(encoder).__name__} uses one layer several times, and each layer can be steered once only")
     return owner, members
@@ -177,7 +239,7 @@ def _check_one_width(encoder: nn.Module, members: list[nn.Module]) -> None:
 
 def _is_time_first(layer: nn.Module) -> bool:
     """Whether the layer's frames are (T, B, D), as torch's attention takes them by default."""
-    return any(isinstance(part, nn.MultiheadAttention) and not part.batch_first for part in layer.children())
+    return any(isinstance(part, nn.MultiheadAttention) and not part.batch_first for part in layer.modules())
 
 
 def _norm_widths(layer: nn.Module) -> set[int]:

@@ -6,6 +6,7 @@ import copy
 import importlib
 import pickle
 from collections import OrderedDict, namedtuple
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -355,6 +356,82 @@ def test_layers_that_take_time_first_are_not_pooled() -> None:
     steer_encoder(encoder, aligner)
 
 
+class Wrapped(nn.Module):
+    """A layer of torch's inside one of somebody's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.inner(h)
+
+
+def test_wrapped_layers_that_take_time_first_are_not_pooled() -> None:
+    encoder = Stack(Wrapped(), Wrapped())
+    with pytest.raises(ValueError, match=r"Stack take \(time, batch, width\)"):
+        steer_encoder(encoder, FusedSteerMoE.for_encoder(encoder), pool="max", pool_size=4)
+
+
+class Looped(Stack):
+    """Runs each layer twice."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(super().forward(h))
+
+
+class Widening(Stack):
+    """Gives its output the length of its input."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        y = super().forward(h)
+        return nn.functional.pad(y, (0, 0, 0, h.shape[1] - y.shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(Looped, "the last layer has run twice"), (Widening, "Widening returned 11 frames after its last layer was pooled to 6")],
+)
+def test_what_pooling_does_not_fit_shows_when_it_runs(kind: type[Stack], said: str) -> None:
+    encoder, h = kind(Block(), Block()), frames(2, 11, WIDTH).float()
+    steer_encoder(encoder, FusedSteerMoE.for_encoder(encoder), pool="max", pool_size=2)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=said):
+            encoder(h)
+    assert encoder.layers[1](encoder.layers[1](h)).shape[1] == 3, "layers that are called by themselves are nobody's pass"
+    plain = Stack(Block(), Block())
+    steer_encoder(plain, FusedSteerMoE.for_encoder(plain), pool="max", pool_size=2)
+    assert plain(h).shape[1] == 6
+    steer_encoder(unsteer_encoder(encoder), FusedSteerMoE.for_encoder(encoder))
+    assert encoder(h).shape == h.shape
+
+
+def test_a_pass_that_fails_leaves_nothing_behind() -> None:
+    encoder, h = Stack(Block(), Block()), frames(2, 11, WIDTH).float()
+    steer_encoder(encoder, FusedSteerMoE.for_encoder(encoder), pool="max", pool_size=2)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        encoder(frames(2, 11, 7).float())
+    assert encoder(h).shape[1] == 6 and encoder.layers[1](h).shape[1] == 6
+
+
+def test_streams_without_clips_are_not_pooled() -> None:
+    encoder = Stack(Block(), Block())
+    steer_encoder(encoder, FusedSteerMoE.for_encoder(encoder), pool="max", pool_size=2)
+    with pytest.raises(ValueError, match=r"the last layer's output must be \(batch, time, width\) to be pooled .*\(11, 12\)"):
+        encoder(frames(11, WIDTH).float())
+
+
+def test_a_speech_encoders_own_layerdrop_counts() -> None:
+    encoder = Stack(Block(), Block())
+    steer_encoder(encoder, FusedSteerMoE.for_encoder(encoder), pool="max", pool_size=2)
+    h = frames(2, 11, WIDTH).float()
+    encoder.config = SimpleNamespace(speech_encoder_layerdrop=0.1, encoder_layerdrop=0.0)
+    with pytest.raises(RuntimeError, match="set speech_encoder_layerdrop to 0"):
+        encoder(h)
+    encoder.config = SimpleNamespace(speech_encoder_layerdrop=0.0, encoder_layerdrop=0.1)  # the second is of a text encoder beside it
+    assert encoder(h).shape[1] == 6
+
+
 def test_half_precision_streams_are_pooled_in_float32() -> None:
     encoder = made(ENCODERS["own"][0]).to(torch.bfloat16)
     encoder.norm = nn.Identity()
@@ -430,6 +507,21 @@ def test_one_layer_used_several_times() -> None:
     block = Block()
     with pytest.raises(ValueError, match="uses one layer several times"):
         steer_encoder(Stack(block, block), FusedSteerMoE(WIDTH, 4, 2))
+
+
+def test_a_list_of_lists() -> None:
+    encoder = Stack(nn.ModuleList([Block(), Block()]), nn.ModuleList([Block(), Block()]))
+    for call in (FusedSteerMoE.for_encoder, lambda encoder: steer_encoder(encoder, FusedSteerMoE(WIDTH, 4, 2))):
+        with pytest.raises(ValueError, match="the layers of Stack are lists of modules"):
+            call(encoder)
+
+
+def test_an_aligner_on_several_devices() -> None:
+    encoder = Stack(Block(), Block())
+    aligner = FusedSteerMoE.for_encoder(encoder)
+    aligner.router.to("meta")
+    with pytest.raises(ValueError, match=r"the aligner's router\.weight is on meta, its steering_vectors on cpu"):
+        steer_encoder(encoder, aligner)
 
 
 def test_a_width_that_cannot_be_told() -> None:
