@@ -33,11 +33,12 @@ class FusedSteerMoE(nn.Module):
     Linear(D, L * E); ``layer_scales`` (L,), each ``steering_scale``; ``prompt_proj``, a Linear(D, output_dim), or None.
 
     ``router`` and ``prompt_proj`` are read, not called: parametrizations, pruning and torch's older weight_norm and spectral_norm work;
-    other hooks on the two are not run; one whose weight is no tensor, such as a quantized Linear, raises TypeError when it is read.
+    other hooks on the two are not run; one whose class has a forward of its own, such as an adapter, or whose weight is no tensor, such as
+    a quantized Linear, raises TypeError when it is read.
 
     ``top_k`` None routes densely. ``backend`` is "auto" or one of `available_backends()`. The parameters may stay in float32 while the
-    stream is in half precision. Raises ValueError for sizes below one and ``top_k`` outside 1 .. E, TypeError for arguments of another
-    kind, and as `get_backend`.
+    stream is in half precision. Raises ValueError for sizes below one, ``top_k`` outside 1 .. E and a scale that is not finite, TypeError
+    for arguments of another kind, and as `get_backend`.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class FusedSteerMoE(nn.Module):
         num_layers = check_size("num_layers", num_layers)
         output_dim = None if output_dim is None else check_size("output_dim", output_dim)
         check_renormalize(renormalize)
-        check_parameters(steering_scale, dtype)
+        steering_scale = check_parameters(steering_scale, dtype)
         top_k = None if top_k is None else check_top_k(top_k, num_experts)
         if backend != "auto":
             get_backend(backend)
@@ -87,11 +88,12 @@ class FusedSteerMoE(nn.Module):
         """An aligner with the sizes and weights of a checkpoint: a path, or a state dict with the public implementation's keys or ours.
 
         ``kwargs`` may hold what a checkpoint does not say: ``top_k``, ``renormalize``, ``backend``, ``device``, ``dtype``. TypeError for
-        others, OSError and RuntimeError for a checkpoint that is not there or holds no aligner.
+        others, OSError for a checkpoint that is not there, RuntimeError for one that holds no whole aligner, naming all that is missing or
+        mis-shaped.
         """
         state = checkpoints.aligner_state(checkpoints.read(checkpoint))
         sizes = checkpoints.sizes(state)
-        if said := [name for name in ("feature_dim", "num_experts", "num_layers", "output_dim") if name in kwargs]:
+        if said := [name for name in ("feature_dim", "num_experts", "num_layers", "output_dim", "steering_scale") if name in kwargs]:
             raise TypeError(f"{' and '.join(said)} must be left to the checkpoint, which says {sizes}")
         aligner = cls(**(kwargs | sizes))
         aligner.load_state_dict(state)
@@ -100,18 +102,18 @@ class FusedSteerMoE(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict with our keys, or a public checkpoint's, in which the aligner lies among the backbones' weights.
 
-        With ``strict``, missing, unknown and mis-shaped keys are all named in one RuntimeError, and nothing has been changed then.
+        With ``strict``, missing, unknown and mis-shaped keys, and values without numbers to copy, are all named in one RuntimeError, and
+        nothing has been changed then.
         """
         state = checkpoints.aligner_state(state_dict)
         if strict:
-            checkpoints.check_fits(state, self.state_dict())
+            checkpoints.check_fits(state, self.state_dict(), assign)
         return super().load_state_dict(state, strict=strict, assign=assign)
 
     def layer_parameters(self) -> list[LayerParameters]:
         """Every layer's slices, cut once: their gradients are stacked once, instead of L zero-padded ones being added up."""
         router = self.router
-        if router._forward_pre_hooks:
-            _make_weight(router)
+        _make_ready("router", router)
         try:
             rows = router.weight.view(self.num_layers, self.num_experts, self.feature_dim).unbind()
             biases = router.bias.view(self.num_layers, self.num_experts).unbind()
@@ -125,8 +127,7 @@ class FusedSteerMoE(nn.Module):
         """The slices of one layer. IndexError if there is no such layer."""
         check_layer(layer, self.num_layers)
         router, rows = self.router, slice(layer * self.num_experts, (layer + 1) * self.num_experts)
-        if router._forward_pre_hooks:
-            _make_weight(router)
+        _make_ready("router", router)
         try:
             return LayerParameters(router.weight[rows], router.bias[rows], self.steering_vectors[layer], self.layer_scales[layer])
         except TypeError:
@@ -183,7 +184,7 @@ class FusedSteerMoE(nn.Module):
         proj = self.prompt_proj
         if proj is None:
             raise ValueError("this aligner has no projection: give output_dim when making it")
-        _make_weight(proj)
+        _make_ready("prompt_proj", proj)
         _check_tensors("prompt_proj", weight=proj.weight)
         return SF.project(h, proj.weight, proj.bias)
 
@@ -222,8 +223,16 @@ class FusedSteerMoE(nn.Module):
         )
 
 
-def _make_weight(linear: nn.Module) -> None:
-    """Run the hooks in which torch's pruning, and its older weight_norm and spectral_norm, make the weight anew for each forward."""
+def _make_ready(name: str, linear: nn.Module) -> None:
+    """TypeError for what does not compute with its weight and bias alone.
+
+    Runs the hooks in which torch's pruning, and its older weight_norm and spectral_norm, make the weight anew for each forward.
+    """
+    if type(linear).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"{name} must be a torch.nn.Linear, got {type(linear).__name__}, which has a forward of its own: FusedSteerMoE reads the "
+            f"weight and bias of {name} and never calls it (parametrizations, as of torch.nn.utils.parametrize, are read with them)"
+        )
     for hook in linear._forward_pre_hooks.values():
         if type(hook).__module__.startswith("torch.nn.utils."):
             hook(linear, ())  # none of them looks at the input

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ def test_a_file_that_is_no_checkpoint(name: str, tmp_path: Path) -> None:
 def test_sizes_are_the_checkpoints_to_say() -> None:
     with pytest.raises(TypeError, match=r"feature_dim must be left to the checkpoint, which says .*'feature_dim': 12"):
         FusedSteerMoE.from_checkpoint(own_state(), feature_dim=9)
+    with pytest.raises(TypeError, match="steering_scale must be left to the checkpoint"):
+        FusedSteerMoE.from_checkpoint(own_state(), steering_scale=3.0)
 
 
 def without(*keys: str) -> dict[str, Tensor]:
@@ -134,6 +137,59 @@ def test_what_does_not_fit_is_named_in_one_message_and_nothing_is_loaded(state: 
     assert_holds(fused, before)
 
 
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda tensor: tensor.to("meta"), "(12,) meta"),
+        (lambda tensor: tensor.to_sparse(), "(12,) sparse_coo"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "(12,) quantized"),
+        (lambda tensor: tensor.to(torch.complex64), "(12,) complex"),
+    ],
+    ids=["meta", "sparse", "quantized", "complex"],
+)
+def test_what_holds_no_numbers_to_copy(change: Callable[[Tensor], Tensor], word: str) -> None:
+    fused = aligner()
+    before = {key: tensor.clone() for key, tensor in fused.state_dict().items()}
+    state = {key: tensor + 1 for key, tensor in before.items()}
+    with pytest.raises(RuntimeError, match=re.escape(f"router.bias must be (12,), the checkpoint's is {word}")):
+        fused.load_state_dict(state | {"router.bias": change(state["router.bias"])})
+    assert_holds(fused, before)
+    with pytest.raises(RuntimeError, match=re.escape(word)):
+        FusedSteerMoE.from_checkpoint(state | {"router.bias": change(state["router.bias"])})
+
+
+def test_meta_tensors_may_be_assigned() -> None:
+    fused = aligner()
+    fused.load_state_dict({key: tensor.to("meta") for key, tensor in fused.state_dict().items()}, assign=True)
+    assert all(parameter.is_meta for parameter in fused.parameters())
+
+
+@pytest.mark.parametrize("what", [None, "x", 3])
+def test_no_state_dict(what: object) -> None:
+    with pytest.raises(TypeError, match=f"state_dict must be a mapping of names to tensors, got {type(what).__name__}"):
+        aligner().load_state_dict(what)  # type: ignore[arg-type]
+    if not isinstance(what, str):
+        with pytest.raises(TypeError, match=f"checkpoint must be a path or a state dict, got {type(what).__name__}"):
+            FusedSteerMoE.from_checkpoint(what)  # type: ignore[arg-type]
+
+
+def test_everything_that_cannot_be_an_aligners_is_named_at_once() -> None:
+    state = own_state() | {"layer_scales": torch.zeros(5), "steering_vectors": torch.zeros(4, 12), "prompt_proj.weight": torch.zeros(7)}
+    del state["router.bias"]
+    with pytest.raises(RuntimeError, match="holds no aligner that can be loaded: ") as caught:
+        FusedSteerMoE.from_checkpoint(state)
+    for words in (
+        "missing router.bias (layers * experts,)",
+        "steering_vectors must be (layers, experts, width), the checkpoint's is (4, 12)",
+        "prompt_proj.weight must be (output_dim, width), the checkpoint's is (7,)",
+    ):
+        assert words in str(caught.value)
+    with pytest.raises(RuntimeError, match=r"missing router\.bias \(12,\); layer_scales must be \(3,\), the checkpoint's is \(5,\)"):
+        FusedSteerMoE.from_checkpoint(without("router.bias") | {"whisper_encoder.layer_scales": torch.zeros(5)})
+    with pytest.raises(RuntimeError, match=r"steering_vectors must be \(layers, experts, width\), the checkpoint's is \(0, 4, 12\)"):
+        FusedSteerMoE.from_checkpoint(own_state() | {"steering_vectors": torch.zeros(0, 4, 12)})
+
+
 def test_a_checkpoint_with_two_aligners() -> None:
     with pytest.raises(RuntimeError, match=re.escape("under whisper_encoder. and conformer_encoder.")):
         aligner().load_state_dict(public_state() | public_state("conformer_encoder."))
@@ -141,7 +197,7 @@ def test_a_checkpoint_with_two_aligners() -> None:
 
 @pytest.mark.parametrize("keys", [("steering_vectors",), ("router.weight", "layer_scales")])
 def test_sizes_that_cannot_be_read(keys: tuple[str, ...]) -> None:
-    with pytest.raises(RuntimeError, match="the checkpoint holds no aligner: missing") as caught:
+    with pytest.raises(RuntimeError, match="the checkpoint holds no aligner that can be loaded: missing") as caught:
         FusedSteerMoE.from_checkpoint(without(*keys))
     assert all(key in str(caught.value) for key in keys)
 
@@ -151,7 +207,7 @@ def test_vectors_of_another_rank() -> None:
         FusedSteerMoE.from_checkpoint(public_state() | {"whisper_encoder.steering_vectors": torch.zeros(4, 12)})
 
 
-@pytest.mark.parametrize(("key", "form"), [("steering_vectors", "(layers, experts, width)"), ("prompt_proj.weight", "(output_dim, width)")])
+@pytest.mark.parametrize(("key", "form"), [("steering_vectors", "(layers, experts, width)"), ("prompt_proj.weight", "(output_dim, 12)")])
 def test_sizes_of_what_is_no_tensor(key: str, form: str) -> None:
     with pytest.raises(RuntimeError, match=re.escape(f"{key} must be {form}, the checkpoint's is no tensor but a str")):
         FusedSteerMoE.from_checkpoint(own_state() | {key: "?"})  # type: ignore[dict-item]

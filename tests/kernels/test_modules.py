@@ -244,14 +244,39 @@ class MethodsForWeights(nn.Module):
     def bias(self) -> None: ...
 
 
-def test_a_router_or_projection_without_a_weight_to_read() -> None:
+class Adapter(nn.Module):
+    """As low-rank adapters wrap a Linear: with its weight, and more than that in the forward."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.more = nn.Linear(base.in_features, base.out_features)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.base(h) + self.more(h)
+
+
+@pytest.mark.parametrize("wrap", [lambda _: MethodsForWeights(), Adapter, nn.Sequential], ids=["quantized", "adapter", "sequential"])
+def test_a_router_or_projection_that_is_more_than_its_weight(wrap: Callable[[nn.Linear], nn.Module]) -> None:
     aligner = _aligner("auto")
-    aligner.router = aligner.prompt_proj = MethodsForWeights()  # type: ignore[assignment]
+    aligner.router, aligner.prompt_proj = wrap(aligner.router), wrap(aligner.prompt_proj)  # type: ignore[assignment]
+    kind = type(aligner.router).__name__
     for call in (lambda: aligner(_frames(), 1), aligner.layer_parameters):
-        with pytest.raises(TypeError, match=r"router\.weight must be a tensor, got method"):
+        with pytest.raises(TypeError, match=rf"router must be a torch\.nn\.Linear, got {kind}"):
             call()
-    with pytest.raises(TypeError, match=r"prompt_proj\.weight must be a tensor, got method"):
+    with pytest.raises(TypeError, match=rf"prompt_proj must be a torch\.nn\.Linear, got {kind}"):
         aligner.project(_frames())
+
+
+def test_a_router_without_a_bias() -> None:
+    aligner = _aligner("auto")
+    aligner.router.bias = None
+    for call in (lambda: aligner(_frames(), 1), aligner.layer_parameters):
+        with pytest.raises(TypeError, match=r"router\.bias must be a tensor, got NoneType"):
+            call()
 
 
 # --- project ----------------------------------------------------------------------------------------------------------------------------
