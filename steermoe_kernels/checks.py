@@ -5,6 +5,7 @@ Each message names the argument, says what would do, and what came. Nothing is c
 
 from __future__ import annotations
 
+import math
 import operator
 from numbers import Real
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
     "check_stream",
     "check_tensors",
     "check_top_k",
+    "check_weight",
     "check_width",
 ]
 
@@ -56,14 +58,14 @@ def check_pool(pool: str | None, pool_size: int) -> int:
 
 
 def check_norm(eps: float, rms: bool) -> float:
-    """``eps`` as a float. TypeError unless it is a number and ``rms`` a bool; ValueError for an ``eps`` below zero."""
+    """``eps`` as a float. TypeError unless it is a number and ``rms`` a bool; ValueError for an ``eps`` below zero or without bounds."""
     if not _is_number(eps):
         raise TypeError(f"eps must be a number, got {eps!r}")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
     if not isinstance(rms, bool):
         raise TypeError(f"rms must be True or False, got {rms!r}")
-    return float(eps)
+    return _finite("eps", eps, torch.float64)
 
 
 def check_renormalize(renormalize: bool) -> None:
@@ -72,18 +74,30 @@ def check_renormalize(renormalize: bool) -> None:
         raise TypeError(f"renormalize must be True or False, got {renormalize!r}")
 
 
-def check_scale(scale: Tensor | float) -> None:
-    """TypeError unless it is a tensor or a number."""
-    if not isinstance(scale, Tensor) and not _is_number(scale):
+def check_scale(scale: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    """A tensor as it is, a number as a float. TypeError for anything else, ValueError for a number that is not finite in ``dtype``."""
+    if isinstance(scale, Tensor):
+        if _layout(scale):
+            raise TypeError(f"scale must be a dense tensor, got a {_layout(scale)} one")
+        return scale
+    if not _is_number(scale):
         raise TypeError(f"scale must be a tensor of one element or a number, got {scale!r}")
+    return _finite("scale", scale, dtype)
 
 
-def check_parameters(steering_scale: Tensor | float, dtype: torch.dtype | None) -> None:
-    """TypeError for a ``steering_scale`` that is no number, and for a ``dtype`` that the operators do not take."""
-    if not isinstance(steering_scale, Tensor) and not _is_number(steering_scale):
-        raise TypeError(f"steering_scale must be a number, got {steering_scale!r}")
+def check_parameters(steering_scale: Tensor | float, dtype: torch.dtype | None) -> float:
+    """``steering_scale`` as a float.
+
+    TypeError for one that is no real number, and for a ``dtype`` that the operators do not take; ValueError for one that is not finite.
+    """
     if dtype is not None and dtype not in _DTYPES:
         raise TypeError(f"dtype must be torch.float32, float16, bfloat16 or float64, got {dtype!r}")
+    number = steering_scale
+    if isinstance(number, Tensor) and number.numel() == 1 and not number.is_complex() and not number.is_meta:
+        number = number.item()
+    if isinstance(number, Tensor) or not _is_number(number):
+        raise TypeError(f"steering_scale must be a number, got {steering_scale!r}")
+    return _finite("steering_scale", number, torch.get_default_dtype() if dtype is None else dtype)
 
 
 def check_size(name: str, size: int) -> int:
@@ -107,8 +121,8 @@ def check_stream(name: str, h: Tensor, rank: int | None = None) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(h).__name__}")
     if h.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {_dtype(h)}")
-    if h.layout is not torch.strided or h.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got a {'nested' if h.is_nested else str(h.layout).removeprefix('torch.')} one")
+    if _layout(h):
+        raise TypeError(f"{name} must be a dense tensor, got a {_layout(h)} one")
     if rank is not None and h.dim() != rank:
         raise ValueError(f"{name} must be (batch, time, width) to be pooled over time, got shape {tuple(h.shape)}")
     if h.dim() == 0:
@@ -120,6 +134,16 @@ def check_width(name: str, h: Tensor, width: int) -> None:
     check_stream(name, h)
     if h.shape[-1] != width:
         raise ValueError(f"{name} must have the aligner's width ({width}) as its last dimension, got shape {tuple(h.shape)}")
+
+
+def check_weight(weight: Tensor, x: Tensor) -> None:
+    """TypeError unless it is a dense tensor; ValueError unless it has two dimensions."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    if _layout(weight):
+        raise TypeError(f"weight must be a dense tensor, got a {_layout(weight)} one")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be a tensor of shape (E, {x.shape[-1]}), got {tuple(weight.shape)}")
 
 
 def check_tensors(
@@ -166,10 +190,12 @@ def check_projection(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int | str, ...]) -> None:
-    if isinstance(tensor, Tensor) and tensor.shape == shape and tensor.dtype in _DTYPES and tensor.device == x.device:
-        return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if _layout(tensor):
+        raise TypeError(f"{name} must be a dense tensor, got a {_layout(tensor)} one")
+    if tensor.shape == shape and tensor.dtype in _DTYPES and tensor.device == x.device:
+        return
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {_dtype(tensor)}")
     fits = tensor.dim() == len(shape) and all(isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True))
@@ -178,6 +204,24 @@ def _check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int | st
         raise ValueError(f"{name} must have shape ({wanted}) for a stream of width {x.shape[-1]}, got {tuple(tensor.shape)}")
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on the stream's device {x.device}, got {tensor.device}")
+
+
+def _layout(tensor: Tensor) -> str:
+    """ "" for a dense tensor, else what it is."""
+    if tensor.is_nested:
+        return "nested"
+    return "" if tensor.layout is torch.strided else str(tensor.layout).removeprefix("torch.").removeprefix("_")
+
+
+def _finite(name: str, value: Any, dtype: torch.dtype) -> float:
+    """``value`` as a float. ValueError unless ``dtype`` holds it."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= torch.finfo(dtype).max:
+        raise ValueError(f"{name} must be a finite number of {str(dtype).removeprefix('torch.')}, got {value!r:.60}")
+    return number
 
 
 def _is_number(value: Any) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import eager, projection
-from .checks import check_norm, check_pool, check_renormalize, check_scale, check_stream, check_top_k
+from .checks import check_norm, check_pool, check_renormalize, check_scale, check_stream, check_top_k, check_weight
 from .reference import compute_dtype
 
 __all__ = ["project", "steer", "steer_norm"]
@@ -109,8 +109,8 @@ def _run(
     pool_size = check_pool(pool, pool_size)
     eps = check_norm(eps, rms)
     check_renormalize(renormalize)
-    check_scale(scale)
     check_stream("x" if norm else "h", x, rank=3 if pool else None)
+    scale = check_scale(scale, compute_dtype(x.dtype))
     if residual is not None:
         check_stream("residual", residual)
         if residual.shape != x.shape:
@@ -118,12 +118,9 @@ def _run(
         if residual.dtype != x.dtype:  # under autocast a layer's output is half while the stream stays float32
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be a tensor of shape (E, {x.shape[-1]}), got {tuple(weight.shape)}")
+    check_weight(weight, x)
     if not isinstance(scale, Tensor):
-        scale = torch.full((), float(scale), dtype=compute_dtype(x.dtype), device=x.device)
+        scale = torch.full((), scale, dtype=compute_dtype(x.dtype), device=x.device)
     elif scale.numel() == 1:
         scale = scale.reshape(())
     return eager.steer(

@@ -66,8 +66,10 @@ def route(logits: Tensor, top_k: int | None = None, renormalize: bool = True) ->
 def pool_frames(y: Tensor, kind: str, size: int) -> Tensor:
     """Max or mean over windows of ``size`` frames, stride ``size``: (B, T, D) -> (B, ceil(T / size), D).
 
-    A short last window pools the frames it has. The gradient of a maximum goes to the first of equal frames.
+    A short last window pools the frames it has. The gradient of a maximum goes to the first of equal frames. ValueError for another kind.
     """
+    if kind not in ("max", "mean"):
+        raise ValueError(f"kind must be 'max' or 'mean', got {kind!r}")
     if y.shape[0] * y.shape[1] == 0:
         return y.new_zeros(y.shape[0], -(-y.shape[1] // size), y.shape[2]) + y.sum()
     size = min(size, y.shape[1])
