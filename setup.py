@@ -37,10 +37,11 @@ def wants_cuda() -> bool:
 
 
 def check_compiler() -> None:
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler.split()[0]) is None and shutil.which("g++") is None and shutil.which("clang++") is None:
+    named = os.environ.get("CXX", "").split()[:1]
+    if not any(shutil.which(compiler) for compiler in named or ("c++", "g++", "clang++")):
+        what = f"CXX={named[0]} is not there" if named else "no C++ compiler found"
         sys.exit(
-            f"error: no C++ compiler found ({compiler}): install g++ 9 or newer (Debian, Ubuntu: apt install g++), "
+            f"error: {what}: install g++ 9 or newer (Debian, Ubuntu: apt install g++), "
             "or set STEERMOE_CPU=0 for a pure-Python install with the backends 'reference' and, on GPUs, 'triton'"
         )
 
@@ -83,7 +84,12 @@ class CMakeBuild(build_ext):
         except FileNotFoundError as error:
             sys.exit(f"error: {error.filename} not found: install cmake and ninja, or build with pip's isolation on")
         except subprocess.CalledProcessError as error:
-            sys.exit(f"error: building the C++ kernels failed ({' '.join(error.cmd[:2])}); STEERMOE_CPU=0 installs without them")
+            fewer = (
+                "STEERMOE_CUDA=0 installs without those for CUDA, STEERMOE_CPU=0 without any"
+                if wants_cuda()
+                else "STEERMOE_CPU=0 installs without them"
+            )
+            sys.exit(f"error: building the compiled kernels failed ({' '.join(error.cmd[:2])}): its errors stand above; {fewer}")
 
 
 MODULES = ["_cpu", *(["_cuda"] if wants_cuda() else [])] if wants_cpu() else []

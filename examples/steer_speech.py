@@ -71,7 +71,7 @@ def read_audio(path: Path) -> Audio:
     import soxr
 
     if not path.is_file():
-        raise InputError(f"there is no file {path}")
+        raise InputError(f"{path} is no file" if path.exists() else f"there is no file {path}")
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (n, channels)
     except (soundfile.SoundFileError, OSError) as error:
@@ -306,12 +306,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda needs a GPU and a PyTorch that can use it")
     audio = read_audio(arguments.file)
     encoder, origin = load_encoder(arguments.model, arguments.weights)
     encoder.to(arguments.device, arguments.dtype)
     fused, plain, exact = build(encoder, arguments)
     aligner = fused.aligner
     mel = log_mel(audio, encoder.num_mel_bins).to(arguments.device, arguments.dtype)
+    if not mel.isfinite().all():
+        raise InputError(f"{arguments.file} holds samples too large for a log-mel spectrogram: they should lie between -1 and 1")
 
     say("audio", f"{audio.seconds:.2f} s, {audio.rate} Hz, {audio.channels} channel{'s' * (audio.channels > 1)}")
     say("resampled", f"{tuple(audio.samples.shape)} at {RATE} Hz")

@@ -1,5 +1,12 @@
 """Fused kernels for SteerMoE: a frozen audio encoder joined to a frozen language model by a few million trained parameters."""
 
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ModuleNotFoundError("steermoe_kernels runs on PyTorch: pip install torch", name="torch") from None
+
 from . import functional, reference
 from ._version import __version__
 from .backends import available_backends

@@ -1,7 +1,7 @@
 """``python -m steermoe_kernels``: versions, the build, the devices, every backend's state, and a self-check.
 
-Exit status 1 if a backend fails the self-check: its outputs and gradients may be at most twice as wrong as the same formula in plain
-PyTorch of the same dtype, both against the reference in float64.
+Exit status 1 if STEERMOE_BACKEND names a backend that cannot run, or if a backend fails the self-check: its outputs and gradients may be at
+most twice as wrong as the same formula in plain PyTorch of the same dtype, both against the reference in float64.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _section(f"steermoe_kernels {__version__}", _versions())
     _section("compiled modules", _builds())
     _section("devices", _devices())
-    _section("backends", _backends(states))
+    chosen = list(_automatic())
+    _section("backends", iter([(name, text) for name, text, _ in chosen] + list(_states(states))))
     print(
         "self-check: outputs and gradients, at most twice as wrong as plain PyTorch of the same dtype (error, allowed error of the worst)"
     )
-    passed = True
+    passed = all(works for _, _, works in chosen)
     for name, reason in states.items():
         for line, right in _check(name) if reason is None else [("skipped, it cannot run here", True)]:
             passed &= right
@@ -112,16 +113,24 @@ def _simd_level() -> str:
         core = importlib.import_module(f"{__package__}._cpu")
     except ImportError:
         return levels
-    return f"kernels use {core.simd_level()}, {levels}"
+    named = os.environ.get("STEERMOE_SIMD", "")
+    level = named if named and core.has_level(named) else core.simd_level()
+    return f"kernels use {level}, {levels}"
 
 
-def _backends(states: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
-    if forced := os.environ.get("STEERMOE_BACKEND"):
-        yield "auto", f"{forced}, by STEERMOE_BACKEND"
-    else:
-        for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+def _automatic() -> Iterator[tuple[str, str, bool]]:
+    """What "auto" means on each device, and whether it runs."""
+    by = ", by STEERMOE_BACKEND" if os.environ.get("STEERMOE_BACKEND") else ""
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        try:
             chosen = select_backend("auto", torch.device(device), torch.float32).__name__.rpartition(".")[2]
-            yield "auto", f"{chosen} for tensors on {device}"
+        except (ValueError, RuntimeError) as error:
+            yield "auto", f"FAILS for tensors on {device}: {error}", False
+        else:
+            yield "auto", f"{chosen} for tensors on {device}{by}", True
+
+
+def _states(states: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
     for name, reason in states.items():
         yield name, "available" if reason is None else f"unavailable: {reason}"
 

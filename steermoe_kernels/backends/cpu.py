@@ -32,7 +32,8 @@ def unavailable() -> str | None:
     except ImportError as error:
         return f"the compiled module is missing (installed with STEERMOE_CPU=0, or not built): {error}"
     if (level := os.environ.get("STEERMOE_SIMD", "")) and not core.has_level(level):
-        return f"STEERMOE_SIMD={level} names no instruction set of this build that this processor has: {core.build_info()['simd levels']}"
+        here = " ".join(name for name in core.build_info()["simd levels"].split() if core.has_level(name))
+        return f"STEERMOE_SIMD={level} names no instruction set that this build and this processor have: {here}"
     return None
 
 

@@ -33,7 +33,7 @@ def unavailable() -> str | None:
     try:
         _core()
     except ImportError as error:
-        return f"the compiled module is missing (installed without nvcc or with STEERMOE_CUDA=0): {error}"
+        return f"the compiled module is missing (installed without nvcc, or with STEERMOE_CUDA=0 or STEERMOE_CPU=0): {error}"
     if torch.version.hip:
         return "the kernels are for NVIDIA GPUs, and this PyTorch is built for ROCm"
     if not torch.backends.cuda.is_built():

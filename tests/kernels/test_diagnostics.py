@@ -44,6 +44,14 @@ def test_an_absent_core_and_backend_give_their_reasons(capsys: pytest.CaptureFix
 
 
 @pytest.mark.usefixtures("only_reference")
+def test_an_automatic_backend_that_cannot_run_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEERMOE_BACKEND", "tpu")
+    assert diagnostics.main([]) == 1
+    text = capsys.readouterr().out
+    assert re.search(r"auto +FAILS for tensors on cpu: STEERMOE_BACKEND=tpu names no backend", text) and text.rstrip().endswith("FAILED")
+
+
+@pytest.mark.usefixtures("only_reference")
 @pytest.mark.parametrize(
     "function, result", [("steer_forward", 0), ("steer_forward", 2), ("steer_backward", 3)], ids=["y", "gates", "dvectors"]
 )

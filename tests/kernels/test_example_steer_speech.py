@@ -146,16 +146,22 @@ def infinite(folder: Path) -> Path:
     return folder / "inf.wav"
 
 
+def loud(folder: Path) -> Path:
+    soundfile.write(folder / "loud.wav", torch.full((1600,), 1e38).numpy(), 16000, subtype="FLOAT")
+    return folder / "loud.wav"
+
+
 @pytest.mark.parametrize(
     "make, said",
     [
         (lambda folder: folder / "none.wav", "there is no file"),
-        (lambda folder: folder, "there is no file"),
+        (lambda folder: folder, "is no file"),
         (noise, "cannot be read as audio"),
         (silence, "holds no audio"),
         (infinite, "not finite"),
+        (loud, "too large for a log-mel spectrogram"),
     ],
-    ids=["missing", "folder", "text", "empty", "infinite"],
+    ids=["missing", "folder", "text", "empty", "infinite", "loud"],
 )
 def test_audio_that_will_not_do(example: ModuleType, tmp_path: Path, make, said: str, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     path = make(tmp_path)
