@@ -3,7 +3,8 @@
 Builds the package, runs the kernels' tests on the device for every backend, measures the device's own limits, then one layer's pass and
 Whisper large-v3's encoder, each against every formula and backend; all within ``--minutes`` (9). Writes DIR/gpu_check.json (machine,
 versions, date, commit, and every stage's results), report.md, roofline.png and bars.png. Every stage is saved as its results come, so
-that a run which is cut off loses only what it was doing. Exit status 1 if a test failed or a stage did not finish, 2 for bad arguments.
+that a run which is cut off loses only what it was doing. Exit status 1 if a test failed or a stage did not finish, 2 for bad arguments and
+where there is no GPU.
 
 ``--rehearse`` runs every stage on any machine in a minute or two, at small sizes: a test of this file, not a measurement.
 """
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.stage:
         _run_stage(arguments.stage, settings)
         return 0
+    if not (arguments.rehearse or arguments.report) and not _has_gpu():
+        print("gpu_check.py: PyTorch sees no GPU here; --rehearse runs everything at small sizes on whatever there is", file=sys.stderr)
+        return 2
     settings.out.mkdir(parents=True, exist_ok=True)
     if arguments.report:
         gpu_report.write(settings.out)
@@ -77,6 +81,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=Settings.seconds, help=argparse.SUPPRESS)
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def _has_gpu() -> bool:
+    """Asked in a process of its own: this one must not hold a device that a stage may take down."""
+    return subprocess.run([sys.executable, "-c", "import torch, sys; sys.exit(not torch.cuda.is_available())"]).returncode == 0
 
 
 def _names(text: str) -> list[str]:

@@ -5,6 +5,7 @@ A stage runs in a process of its own: a kernel that takes the device down takes 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -71,7 +72,11 @@ class Stage:
 
 
 def build(settings: Settings) -> Results:
-    """Install this checkout as it stands, with the torch, CMake and pybind11 that are there already."""
+    """Install this checkout as it stands, with the torch, CMake, Ninja and pybind11 that are there already."""
+    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+    missing += [] if importlib.util.find_spec("pybind11") else ["pybind11"]
+    if missing:
+        raise RuntimeError(f"the build needs {', '.join(missing)} in this environment: pip install {' '.join(missing)}")
     command = [
         sys.executable,
         "-m",

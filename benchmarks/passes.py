@@ -65,7 +65,7 @@ class Case:
         return "-".join(words if self.top_k is None else [*words[:3], f"k{self.top_k}", words[3]])
 
     def bytes_to_move(self, direction: str) -> int:
-        """Bytes of the stream that have to be read or written whatever the program: the design's section 2, in units of N x D."""
+        """Bytes of the stream that have to be read or written whatever the program."""
         forward = 4 if self.norm else 2  # x (and r) in, y (and n) out
         backward = 4 if self.norm else 3  # dy (and dn) and y in, du out
         units = {"forward": forward, "backward": backward, "forward+backward": forward + backward}[direction]

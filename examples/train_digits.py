@@ -2,12 +2,12 @@
 
     python examples/train_digits.py RECORDINGS [--held-out yweweler] [--projection-only] [--audio-model shipped] [--text-model shipped]
 
-RECORDINGS is the folder of the Free Spoken Digit Dataset (github.com/Jakobovski/free-spoken-digit-dataset): files DIGIT_SPEAKER_TAKE.wav.
-Strings of three to six digits are put together from one speaker's takes, with short pauses. The data set's own split is kept: takes 5 and
-up are trained on, takes 0 to 4 are not. Three word error rates come out of it: of the training speakers' takes 0 to 4, by which the best
-checkpoint is chosen; of the held-out speaker's, chosen by nothing; and the latter before training. They are printed, and written to
-scores.json in the output folder. `--audio-model` takes a hub id, a folder or openai-whisper's .pt file, `--text-model` a hub id or a
-folder; without them the small backbones inside this package are used.
+Needs the extra `system`. RECORDINGS is the folder of the Free Spoken Digit Dataset (github.com/Jakobovski/free-spoken-digit-dataset):
+files DIGIT_SPEAKER_TAKE.wav. Strings of three to six digits are put together from one speaker's takes, with short pauses. The data set's
+own split is kept: takes 5 and up are trained on, takes 0 to 4 are not. Three word error rates come out of it: of the training speakers'
+takes 0 to 4, by which the best checkpoint is chosen; of the held-out speaker's, chosen by nothing; and the latter before training. They
+are printed, and written to scores.json in the output folder. `--audio-model` takes a hub id, a folder or openai-whisper's .pt file,
+`--text-model` a hub id or a folder; without them the small backbones inside this package are used.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def select_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Boolean mask (..., E) of the ``top_k`` largest logits of each frame; of equal logits the lowest index wins."""
+    """Boolean mask (..., E) of each frame's ``top_k`` largest logits; NaN counts as the largest, of equal ones the lowest index wins."""
     order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order[..., :top_k], True)
 

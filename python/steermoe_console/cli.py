@@ -96,7 +96,9 @@ def main() -> None:
 
 
 def _said(error: BaseException) -> str:
-    """The error's words; for one that the operating system raised, with the file's name."""
+    """The error's words; with the file's name where the operating system raised it, and with what brings a library that is missing."""
+    if isinstance(error, ModuleNotFoundError) and str(error) == f"No module named '{error.name}'":
+        return f"{error.name} is not installed, and the extra `system` brings it: pip install 'steermoe-kernels[system]'"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__

@@ -7,7 +7,8 @@ there is runs on a new backend by itself: ``python -m steermoe_kernels``, and ``
 ``unavailable() -> str | None``
     None if it can run on this machine, else the reason in one sentence. Must not compile, tune or initialise a driver.
 ``rejects(device, dtype, options=PLAIN) -> str | None``
-    None if it takes a stream of this ``torch.device`` and ``torch.dtype`` through such a pass, else the reason.
+    None if it takes a stream of this ``torch.device`` and ``torch.dtype`` through such a pass, else the reason. The tests leave out what
+    it rejects by device and dtype; a pass that it rejects by its options fails there, and is an error to who named the backend.
 ``AUTO_DEVICES: frozenset[str]`` and ``PRIORITY: int``
     The device types for which ``backend="auto"`` may choose it; of several, the highest priority wins, unless `steermoe_kernels.choice`
     knows which was measured to be faster.
@@ -30,6 +31,9 @@ there is runs on a new backend by itself: ``python -m steermoe_kernels``, and ``
     size 0; and ``backward`` from ``dy`` to ``norm_weight``, and ``needs``, as in `steer_backward`. Both answer with tuples, and are kept
     for later calls. Their arguments are whatever the caller gave, not checked by anybody: where they are not as they should be, or not
     worth it, the answer is None, and the call goes its usual way.
+
+Of equal logits the first expert is selected, as after rounding: products that underflow tie with zero, and experts with equal rows tie. A
+NaN counts as the largest logit, so that it is never steered past in silence.
 
 Results are tensors of their own: none shares memory with another or with an argument, not even two of size 0. Accumulate in the
 accumulation dtype, with autocast off (it reaches into backends that call torch). The tests hold every result to twice the error of the same

@@ -1,4 +1,4 @@
-"""Plain PyTorch, everywhere: the forward of `steermoe_kernels.reference` and the invertible backward, written as in the design.
+"""Plain PyTorch, everywhere: the forward of `steermoe_kernels.reference` and the invertible backward.
 
 Also the model for a new backend: the same functions, the same letters.
 """

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import steermoe_kernels
 
@@ -170,6 +171,12 @@ def test_the_sanitizer_watches_blocks_that_take_several_tiles(kit: SimpleNamespa
 def test_a_wrong_result_fails_the_run(kit: SimpleNamespace, result: dict, good: bool) -> None:
     assert kit.check._is_good({"state": "done", "results": {"cuda float32": result}}) is good
     assert not kit.check._is_good({"state": "cut off", "results": {}})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_at_once(kit: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kit.check.main(["--out", str(tmp_path / "gpu")]) == 2
+    assert "PyTorch sees no GPU here" in capsys.readouterr().err and not (tmp_path / "gpu").exists()
 
 
 def test_the_bars(kit: SimpleNamespace, tmp_path: Path) -> None:

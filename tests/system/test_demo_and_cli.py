@@ -338,6 +338,13 @@ def test_every_error_of_a_run_is_one_sentence(
     assert capsys.readouterr().err == "error: the loss is nan\n"
 
 
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    error = ModuleNotFoundError("No module named 'accelerate'", name="accelerate")
+    assert ended(monkeypatch, error, "ask", "a.wav", "what?", "-c", tmp_path) == 1
+    said = "error: accelerate is not installed, and the extra `system` brings it: pip install 'steermoe-kernels[system]'\n"
+    assert capsys.readouterr().err == said
+
+
 def test_ctrl_c_in_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert ended(monkeypatch, KeyboardInterrupt(), "transcribe", "a.wav", "-c", tmp_path) == 130
     assert capsys.readouterr().err == "interrupted\n"
