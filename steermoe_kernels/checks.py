@@ -207,7 +207,7 @@ def _check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int | st
 
 
 def _layout(tensor: Tensor) -> str:
-    """ "" for a dense tensor, else what it is."""
+    """What a tensor is where it is not dense, else nothing."""
     if tensor.is_nested:
         return "nested"
     return "" if tensor.layout is torch.strided else str(tensor.layout).removeprefix("torch.").removeprefix("_")

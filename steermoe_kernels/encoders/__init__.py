@@ -106,6 +106,7 @@ def _undo(encoder: nn.Module) -> None:
             unswap(module)
         else:
             del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
     encoder._modules.pop("steering", None)
     encoder.__dict__.pop(_MARK, None)
 

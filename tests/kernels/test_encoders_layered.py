@@ -402,7 +402,8 @@ def test_what_pooling_does_not_fit_shows_when_it_runs(kind: type[Stack], said: s
     plain = Stack(Block(), Block())
     steer_encoder(plain, FusedSteerMoE.for_encoder(plain), pool="max", pool_size=2)
     assert plain(h).shape[1] == 6
-    steer_encoder(unsteer_encoder(encoder), FusedSteerMoE.for_encoder(encoder))
+    assert not unsteer_encoder(encoder)._forward_hooks_always_called
+    steer_encoder(encoder, FusedSteerMoE.for_encoder(encoder))
     assert encoder(h).shape == h.shape
 
 
