@@ -63,8 +63,10 @@ class SteeredAudioEncoder(Steered):
     """``AudioEncoder``, steered. The library's forward accepts the full length only; its few lines are here, with positions cut to size."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` (B, mel bins, M), with M up to twice the number of positions. ValueError for any other shape."""
+        """``x`` (B, mel bins, M), M up to twice the positions. ValueError for any other shape, TypeError for what is no tensor."""
         bins, longest = self.conv1.in_channels, self.positional_embedding.shape[0] * self.conv2.stride[0]
+        if not isinstance(x, Tensor):
+            raise TypeError(f"the mel spectrogram must be a tensor, got {type(x).__name__}")
         if x.dim() != 3 or x.shape[1] != bins:
             raise ValueError(f"the mel spectrogram must be (batch, {bins}, frames), got {tuple(x.shape)}")
         if not 1 <= x.shape[2] <= longest:

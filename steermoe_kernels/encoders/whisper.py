@@ -101,7 +101,8 @@ class SteeredWhisperEncoder(Steered):
         cls._forward_any = modeling.merge_with_config_defaults(modeling.capture_outputs(_forward_any))
 
     def forward(self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """``input_features`` (B, mel bins, M), with M up to twice ``max_source_positions``. ValueError for any other shape.
+        """``input_features`` (B, mel bins, M), with M up to twice ``max_source_positions``. ValueError for any other shape,
+        TypeError for what is no tensor.
 
         ``attention_mask`` (B, M) is true, or 1, on the first frames of each clip and false, or 0, on those that fill it up. The library
         ignores it; here the frames that fill up are attended by nobody and reach no other frame through the convolutions, so that a clip
@@ -109,6 +110,9 @@ class SteeredWhisperEncoder(Steered):
         clips of a batch should fill whole windows.
         """
         longest = self.config.max_source_positions * self.conv1.stride[0] * self.conv2.stride[0]
+        for name, given in (("input_features", input_features), ("attention_mask", attention_mask)):
+            if not isinstance(given, Tensor) and (given is not None or name == "input_features"):
+                raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
         if input_features.dim() != 3 or input_features.shape[1] != self.num_mel_bins:
             raise ValueError(f"input_features must be (batch, {self.num_mel_bins}, frames), got {tuple(input_features.shape)}")
         if not 1 <= input_features.shape[2] <= longest:

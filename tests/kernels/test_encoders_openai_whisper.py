@@ -100,6 +100,8 @@ def test_short_inputs(frames: int) -> None:
 def test_inputs_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="the mel spectrogram must"):
         steered(plain_encoder(), torch.float32)(torch.zeros(shape))
+    with pytest.raises(TypeError, match="the mel spectrogram must be a tensor, got NoneType"):
+        steered(plain_encoder(), torch.float32)(None)
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])

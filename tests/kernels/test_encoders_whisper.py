@@ -260,6 +260,13 @@ def test_masks_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         encoder(draw_input(), attention_mask=torch.ones(shape))
 
 
+@pytest.mark.parametrize(("given", "said"), [((None,), "input_features .* NoneType"), ((draw_input(), [1, 1]), "attention_mask .* list")])
+def test_what_is_no_tensor_is_refused(given: tuple[Any, ...], said: str) -> None:
+    encoder, _ = pair(plain_encoder())
+    with pytest.raises(TypeError, match=said):
+        encoder(*given)
+
+
 @pytest.mark.parametrize("shape", [(2, BINS, 0), (2, BINS, 2 * POSITIONS + 1), (2, BINS + 1, 2 * POSITIONS), (BINS, 2 * POSITIONS)])
 def test_inputs_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     ours, _ = pair(plain_encoder())
