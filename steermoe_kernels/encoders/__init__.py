@@ -11,8 +11,8 @@ Kinds of encoder are modules in this folder, one each, found by what they define
 ``steer(encoder, aligner, pool, pool_size) -> None``
     Everything has been checked, and ``aligner`` is ``encoder.steering`` already. Exchanges the classes of modules for `stream.Steered`
     ones (`class_swap.swap`) or registers hooks of classes defined in this folder; `unsteer_encoder` undoes both without being told, and
-    so does `steer_encoder` if this raises. `layered.SteerAfter` is the hook that most kinds want, one on every layer, the last of which
-    pools; where a layer may be left out in training, pooling has to be refused then (`layered.NeedsEveryLayer`).
+    so does `steer_encoder` if this raises. A kind that differs only in where its layers are ends in
+    ``layered.steer(encoder, aligner, pool, pool_size, members=layers(encoder))``, by hooks on every layer, the last of which pools.
 
 The fused path, ``add -> steer -> norm`` in one pass, is for pre-norm encoders whose forward the file knows: a `stream.SteeredLayer` whose
 forward ends in ``self.steer(x, residual, encoder_pass)``; `stream.place_layers` with the norm that reads the stream after each layer; and

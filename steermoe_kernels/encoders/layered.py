@@ -52,9 +52,19 @@ def layers(encoder: nn.Module) -> list[nn.Module]:
     return members
 
 
-def steer(encoder: nn.Module, aligner: FusedSteerMoE, pool: str | None, pool_size: int, written: int | None = None) -> None:
-    """``written``: the layer into whose output the encoder writes, if there is one."""
-    owner, members = _find_layers(encoder)
+def steer(
+    encoder: nn.Module,
+    aligner: FusedSteerMoE,
+    pool: str | None,
+    pool_size: int,
+    *,
+    members: list[nn.Module] | None = None,
+    written: int | None = None,
+) -> None:
+    """For kinds that know more: ``members`` are the layers, in order; ``written`` is the one into whose output the encoder writes."""
+    owner = encoder
+    if members is None:
+        owner, members = _find_layers(encoder)
     if pool is not None and any(_is_time_first(member) for member in members):
         raise ValueError(
             f"the layers of {type(encoder).__name__} take (time, batch, width), by their nn.MultiheadAttention, and pooling needs "

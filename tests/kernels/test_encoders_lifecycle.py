@@ -339,7 +339,7 @@ class Chain(nn.Module):
 
 
 CHAIN = """
-from .layered import SteerAfter
+from . import layered
 
 PRIORITY = 5
 
@@ -348,8 +348,7 @@ def takes(encoder): return type(encoder).__name__ == "Chain"
 def layers(encoder): return [encoder.first, encoder.second]
 
 def steer(encoder, aligner, pool, pool_size):
-    for index, layer in enumerate(layers(encoder)):
-        layer.register_forward_hook(SteerAfter(aligner, index, pool if index else None, pool_size), prepend=True)
+    layered.steer(encoder, aligner, pool, pool_size, members=layers(encoder))
 """
 
 
