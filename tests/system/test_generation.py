@@ -9,7 +9,7 @@ import pytest
 import tiny_backbones
 import torch
 from tiny_models import ALL_CLIPS, ANSWERS, CLIPS, GREEDY, MIXED, build
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor, SuppressTokensLogitsProcessor, TextStreamer
 
 from steermoe.data import BadRowLog
 from steermoe.generation import Request, respond
@@ -45,6 +45,71 @@ def test_beams_in_a_batch_and_alone(how: dict[str, Any], made: Model) -> None:
     for index, (chat, clips) in enumerate(zip(MIXED, CLIPS, strict=True)):
         alone = model.generate(**processor(chat, clips), **GREEDY, **how)
         assert torch.equal(tokens[index * each : (index + 1) * each, : alone.shape[1]], alone)
+
+
+def alone_and_together(made: Model, **how: Any) -> torch.Tensor:
+    """The tokens of a batch, each row's being those it gets alone."""
+    model, processor = made
+    tokens = model.generate(**processor(MIXED, ALL_CLIPS), **how)
+    for row, chat, clips in zip(tokens, MIXED, CLIPS, strict=True):
+        alone = model.generate(**processor(chat, clips), **how)[0]
+        assert torch.equal(row[: len(alone)], alone)
+    return tokens
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`:UserWarning")
+def test_repetition_is_penalised_in_a_batch_as_alone(beams: int, made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = made
+    how = {"max_new_tokens": 24, "do_sample": False, "num_beams": beams, "eos_token_id": 263}
+    free = alone_and_together(made, **how)
+    tokens = alone_and_together(made, **how, repetition_penalty=50.0)
+    assert not torch.equal(tokens, free)
+    if beams == 1:
+        assert all(len(row.unique()) == 24 for row in tokens) and not all(len(row.unique()) == 24 for row in free)
+    config = GenerationConfig(**how, repetition_penalty=50.0)
+    assert torch.equal(alone_and_together(made, generation_config=config), tokens) and config.repetition_penalty == 50.0
+    # What the language model brings with it, as Qwen2.5's does; what the call says goes before it.
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 50.0)
+    assert torch.equal(alone_and_together(made, **how), tokens) and model.generation_config.repetition_penalty == 50.0
+    assert torch.equal(alone_and_together(made, generation_config=GenerationConfig(**how)), tokens)
+    assert torch.equal(alone_and_together(made, **how, repetition_penalty=1.0), free)
+    own = [RepetitionPenaltyLogitsProcessor(1.0), SuppressTokensLogitsProcessor([int(free[0, 0])])]
+    tokens = alone_and_together(made, **how, logits_processor=own[1:])
+    assert not (tokens == free[0, 0]).any() and (beams > 1 or all(len(row.unique()) == 24 for row in tokens))
+    assert torch.equal(alone_and_together(made, **how, logits_processor=own[:1]), free)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_least_length_counts_no_padding(beams: int, made: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly every token ends a turn, so that a row is about as long as it has to be."""
+    model, processor = made
+    batch = processor(MIXED, ALL_CLIPS)
+    lengths = batch["attention_mask"].sum(1)
+    how = {"max_new_tokens": 60, "do_sample": False, "num_beams": beams, "eos_token_id": [2, *range(8, 264)]}
+    least = int(lengths.max()) - 2
+    tokens = alone_and_together(made, **how, min_length=least)
+    assert ((tokens != 0).cumsum(1).argmax(1) + 1 > least - lengths).all()
+    monkeypatch.setattr(model.generation_config, "min_length", least)
+    assert torch.equal(alone_and_together(made, **how), tokens) and model.generation_config.min_length == least
+    assert alone_and_together(made, **how, min_new_tokens=1).shape[1] < 8  # which goes before it
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"encoder_repetition_penalty": 50.0},
+        {"min_new_tokens": 4, "eos_token_id": [2, *range(8, 264)]},
+        {"begin_suppress_tokens": list(range(100))},
+        {"forced_eos_token_id": 9},
+        {"exponential_decay_length_penalty": (2, 1.5)},
+    ],
+    ids=lambda how: next(iter(how)),
+)
+@pytest.mark.filterwarnings("ignore:Passing `:UserWarning")
+def test_other_processors_of_logits_in_a_batch_and_alone(how: dict[str, Any], made: Model) -> None:
+    alone_and_together(made, **GREEDY | how)
 
 
 def test_sampling(made: Model) -> None:
