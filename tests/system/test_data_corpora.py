@@ -316,6 +316,8 @@ def test_a_huggingface_set_of_audio_alone_comes_to_an_end(tmp_path: Path) -> Non
         ("duration", ["1", None], "duration must be a number of seconds, 0 or more and at most 1000000000, got '1'"),
         ("duration", [float("nan"), 0.5], "duration must be a number of seconds, .*, got nan"),
         ("duration", [0.0, 0.5], "duration must be positive, got 0"),
+        ("offset", ["1", None], "offset must be a number of seconds, 0 or more and at most 1000000000, got '1'"),
+        ("offset", [-0.5, 0.5], "offset must be a number of seconds, .*, got -0.5"),
         ("answers", [["one", None], ["one"]], r"answers must be a list of strings, got \['one', None\]"),
         ("answers", [[{"text": "one"}], []], r"answers must be a list of strings, got \[{'text': 'one'}\]"),
         ("id", [1.5, None], "id must be a string or a whole number, got 1.5"),
@@ -327,6 +329,14 @@ def test_a_huggingface_row_is_checked_as_a_manifests(column: str, values: list[A
     assert [row.where for row in corpus] == [f"{path}[1]"]
     (problem,) = corpus.problems
     assert problem.where == f"{path}[0]" and re.fullmatch(said, problem.reason)
+
+
+def test_huggingface_rows_are_sections_where_they_say_so(tmp_path: Path) -> None:
+    path = hub_rows(tmp_path, text=["a", "b", "c"], offset=[0.25, None, 0.0], duration=[0.125, 0.25, None], end=[1, 2, 3])
+    corpus = data.load(path)
+    assert corpus.problems == [] and [(row.offset, row.duration) for row in corpus] == [(0.25, 0.125), (0.0, 0.25), (0.0, None)]
+    assert corpus[0].extra == {"end": 1} and corpus.durations().tolist() == [0.125, 0.25, 0.5]
+    assert data.load(hub_rows(tmp_path / "whole", text=["a"], offset=[0.25])).durations().tolist() == [0.25]
 
 
 def test_huggingface_answers_as_squad_has_them(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ LOOKED_FOR = "a folder that datasets' save_to_disk wrote (dataset_info.json or d
 
 _TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription")
 _AUDIO_COLUMNS = ("audio", "speech", "audio_filepath", "file", "path")
-_FACTS = ("prompt", "answers", "duration", "id")
+_FACTS = ("prompt", "answers", "offset", "duration", "id")
 
 
 def takes(path: Path) -> bool:
@@ -44,9 +44,9 @@ def read(
 
     ``split`` is needed where there are several. ``name``, ``revision`` and ``data_dir`` are ``load_dataset``'s, for data sets that are not
     folders of ``save_to_disk``. ``audio_column`` and ``text_column`` are told from types and usual names if not given. Columns ``prompt``,
-    ``answers`` (as lists of strings, or as SQuAD has them), ``duration`` and ``id`` are used where they exist; of a text that is a class
-    label, its name. Rows without audio, or with values that a manifest's rows may not have, are problems. ImportError without ``datasets``;
-    ValueError for a split or column that is not there, and for a data set without rows.
+    ``answers`` (as lists of strings, or as SQuAD has them), ``offset``, ``duration`` and ``id`` are used where they exist; of a text that
+    is a class label, its name. Rows without audio, or with values that a manifest's rows may not have, are problems. ImportError without
+    ``datasets``; ValueError for a split or column that is not there, and for a data set without rows.
     """
     dataset = _open(os.fspath(path), split, name, revision, data_dir)
     audio_column = _audio_column(dataset, audio_column)

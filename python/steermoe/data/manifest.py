@@ -73,17 +73,17 @@ def _example(row: dict[str, Any], base: Path, where: str) -> Example:
     path = base / name
     if not is_file(path):
         raise ValueError(f"audio_filepath {path} is not there")
-    offset = _seconds(row, "offset") or 0.0
     fields = stated(row)
-    fields["id"] = fields["id"] if fields["id"] is not None else name + (f"@{offset:g}" if offset else "")
+    fields["id"] = fields["id"] if fields["id"] is not None else name + (f"@{fields['offset']:g}" if fields["offset"] else "")
     extra = {name: value for name, value in row.items() if name not in FIELDS}
-    return Example(audio=str(path), offset=offset, extra=extra, where=where, **fields)
+    return Example(audio=str(path), extra=extra, where=where, **fields)
 
 
 def stated(row: Mapping[str, Any], text_name: str = "text") -> dict[str, Any]:
-    """What a row says beside its audio: `Example`'s ``text``, ``prompt``, ``duration``, ``answers`` and ``id``, None where it has none.
+    """What a row says beside its audio: `Example`'s ``text``, ``prompt``, ``offset``, ``duration``, ``answers`` and ``id``.
 
-    ``text_name`` is what messages call its text. ValueError, naming the field, for a value that is not what it should be.
+    Text, prompt, duration and id are None where the row has none. ``text_name`` is what messages call its text. ValueError, naming the
+    field, for a value that is not what it should be.
     """
     answers = row.get("answers") or []
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
@@ -98,6 +98,7 @@ def stated(row: Mapping[str, Any], text_name: str = "text") -> dict[str, Any]:
     return {
         "text": text if text is not None or not answers else answers[0],
         "prompt": _string(row, "prompt"),
+        "offset": _seconds(row, "offset") or 0.0,
         "duration": duration,
         "answers": tuple(answers),
         "id": str(identity) if identity is not None else None,
