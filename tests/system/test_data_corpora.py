@@ -139,6 +139,34 @@ def test_librispeech(tmp_path: Path) -> None:
         data.load({"path": tmp_path, "split": "dev"})
 
 
+def test_librispeech_texts_after_any_white_space(tmp_path: Path) -> None:
+    for index in range(4):
+        record(tmp_path / f"1-2-{index}.flac", "one")
+    (tmp_path / "1-2.trans.txt").write_text("1-2-0\tHE BEGAN\tA\n1-2-1  GIVE NOT\n 1-2-2 \t SO 1-2-2\n1-2-3\n")
+    assert [(row.id, row.text) for row in data.load(tmp_path)] == [
+        ("1-2-0", "HE BEGAN\tA"),
+        ("1-2-1", "GIVE NOT"),
+        ("1-2-2", "SO 1-2-2"),
+        ("1-2-3", ""),
+    ]
+
+
+def test_of_a_librispeech_utterance_in_several_formats_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("1-2-0.wav", "1-2-0.ogg", "1-2-0.flac", "1-2-1.ogg", "1-2-1.wav"):
+        record(tmp_path / name, "one")
+    (tmp_path / "1-2.trans.txt").write_text("1-2-0 ONE\n1-2-1 ONE\n")
+    listed = sorted(tmp_path.iterdir())
+    for order in (listed, listed[::-1]):
+        monkeypatch.setattr(Path, "iterdir", lambda self, order=order: iter(order))
+        corpus = data.load(tmp_path)
+        assert [row.audio for row in corpus] == [str(tmp_path / "1-2-0.flac"), str(tmp_path / "1-2-1.wav")]
+        assert [str(problem) for problem in corpus.problems] == [
+            f"{tmp_path / '1-2-0.wav'}: the same utterance as 1-2-0.flac",
+            f"{tmp_path / '1-2-0.ogg'}: the same utterance as 1-2-0.flac",
+            f"{tmp_path / '1-2-1.ogg'}: the same utterance as 1-2-1.wav",
+        ]
+
+
 @pytest.mark.parametrize("transcript", ["transcript/aishell_transcript_v0.8.txt", "trans.txt"])
 def test_aishell(tmp_path: Path, transcript: str) -> None:
     for split, name in [("train", "BAC009S0002W0122"), ("test", "BAC009S0764W0121"), ("test", "BAC009S0764W0122")]:

@@ -10,6 +10,7 @@ from .corpus import Corpus, Example, Problem, decoded, numbered_lines
 PRIORITY = 20
 LOOKED_FOR = "a folder with *.trans.txt files and their audio at most four folders down, as LibriSpeech's test-clean"
 
+# Of an utterance in several formats the first of these is read.
 _SUFFIXES = (".flac", ".wav", ".ogg", ".mp3", ".opus")
 
 
@@ -20,8 +21,8 @@ def takes(path: Path) -> bool:
 def read(path: str | os.PathLike[str], *, split: str | None = None) -> Corpus:
     """Every utterance under ``path``, in the order of the transcripts' names; ``split`` reads one folder of it, as "test-clean".
 
-    A transcript line without audio or that is not UTF-8, and audio without a transcript line, is a problem. FileNotFoundError for a
-    split that is not there.
+    A transcript line without audio or that is not UTF-8, audio without a transcript line, and audio beside another file of the same
+    utterance is a problem. FileNotFoundError for a split that is not there.
     """
     root = Path(path)
     if split is not None:
@@ -34,13 +35,17 @@ def read(path: str | os.PathLike[str], *, split: str | None = None) -> Corpus:
     rows: list[Example] = []
     problems: list[Problem] = []
     for transcripts in sorted(root.rglob("*.trans.txt")):
-        audio = {file.stem: file for file in transcripts.parent.iterdir() if file.suffix.lower() in _SUFFIXES}
+        audio: dict[str, Path] = {}
+        beside = [file for file in transcripts.parent.iterdir() if file.suffix.lower() in _SUFFIXES]
+        for each in sorted(beside, key=lambda file: (_SUFFIXES.index(file.suffix.lower()), file.name)):
+            if (first := audio.setdefault(each.stem, each)) != each:
+                problems.append(Problem(str(each), f"the same utterance as {first.name}"))
         for number, line in numbered_lines(transcripts):
             name = line.split()[0].decode("utf-8", errors="replace")
             where = f"{transcripts}:{number}"
             file = audio.pop(name, None)
             try:
-                text = decoded(line).strip().partition(" ")[2]
+                text = decoded(line).partition(name)[2].strip()
             except ValueError as error:
                 problems.append(Problem(where, str(error)))
                 continue
@@ -48,6 +53,6 @@ def read(path: str | os.PathLike[str], *, split: str | None = None) -> Corpus:
                 problems.append(Problem(where, f"no audio file {name}{{{','.join(_SUFFIXES)}}} beside it"))
             else:
                 speaker = transcripts.name.partition("-")[0]
-                rows.append(Example(audio=str(file), text=text.strip(), id=name, extra={"speaker": speaker}, where=where))
+                rows.append(Example(audio=str(file), text=text, id=name, extra={"speaker": speaker}, where=where))
         problems += [Problem(str(file), f"no line in {transcripts.name}") for _, file in sorted(audio.items())]
     return Corpus(rows, problems, str(root))
