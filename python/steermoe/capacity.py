@@ -47,6 +47,10 @@ class Capacity:
         milliseconds = range(1, int(1000 * self.clip_seconds) + 1)
         return clips * self.clip_seconds + bisect.bisect_right(milliseconds, rest, key=lambda at: self.tokens_of(at / 1000)) / 1000
 
+    def question_seconds(self, generation: dict[str, Any]) -> float:
+        """Seconds of audio that a question can be about, an answer by these options being short if need be."""
+        return self.seconds(min(LEAST_ANSWER, self.answer(generation)))
+
     def within(self, generation: dict[str, Any], sections: Sequence[tuple[float, float]]) -> dict[str, Any]:
         """The options with ``max_new_tokens`` cut to what a prompt with these clips leaves."""
         if self.tokens is None:

@@ -180,7 +180,8 @@ def evaluate(
     ``task`` "transcription" or "question"; None is "question" where any row has answers. ``prompt`` is for rows without their own.
     ``language`` and ``normalization`` are `word_errors`'s. Batches hold clips of similar length; results are in the corpus's order. Longer
     clips than encoder and language model take (`longest_piece`) are split at quiet places and their texts joined; a question gets all
-    pieces of what the encoder takes in one prompt, and is not scored where those are more than the language model takes.
+    pieces of what the encoder takes in one prompt, and is not scored where those are more than the language model takes. What that is, and
+    how long its answer may be, is as in `ask`.
     ``output`` is a JSONL of every row: id, audio, reference, hypothesis, errors, seconds. ``seed`` is the bootstrap's; ``generation`` goes
     to ``model.generate``.
 
@@ -279,7 +280,10 @@ def _partial(target: Path) -> Path:
 def _requests(
     rows: Corpus, capacity_of: Callable[[str], Capacity], prompt: str, task: str, log: BadRowLog, generation: dict[str, Any]
 ) -> tuple[list[Request], dict[str, Any]]:
-    """One request a row, or one a piece of a long row that is transcribed, ``key`` being (row, piece); and the options that all fit."""
+    """One request a row, or one a piece of a long row that is transcribed, ``key`` being (row, piece); and the options that all fit.
+
+    Questions have limits on their answers of their own, as `ask` would set them.
+    """
     requests = []
     known = rows.durations()
     fitting = generation
@@ -288,8 +292,7 @@ def _requests(
         asked = row.prompt or prompt
         try:
             room = capacity_of(asked)
-            answer = room.answer(generation)
-            longest = room.clip_seconds if task == "question" else room.longest_clip(answer)
+            longest = room.clip_seconds if task == "question" else room.longest_clip(room.answer(generation))
             # A clip that fits needs no look into its file before its batch's turn.
             fits = known[index] <= longest
             sections = (
@@ -299,13 +302,13 @@ def _requests(
             log.error(row.name, str(error))
             continue
         if task == "question":
-            if (seconds := sum(end - begin for begin, end in sections)) > room.seconds(answer):
-                log.error(
-                    row.name, f"{seconds:.1f} s of audio, and the language model takes {room.seconds(answer):.1f} s with this question"
-                )
+            most = room.question_seconds(generation)
+            if (seconds := sum(end - begin for begin, end in sections)) > most:
+                log.error(row.name, f"{seconds:.1f} s of audio, and the language model takes {most:.1f} s with this question")
                 continue
-            requests.append(Request((index, 0), row.audio, tuple(sections), asked, row.name))
-            fitting = room.within(fitting, sections)
+            # Its own limit: what one recording leaves for an answer is no measure of the others.
+            limit = room.within(generation, sections).get("max_new_tokens")
+            requests.append(Request((index, 0), row.audio, tuple(sections), asked, row.name, max_new_tokens=limit))
         else:
             requests += [
                 Request((index, piece), row.audio, (section,), asked, row.name, skip_silence=True) for piece, section in enumerate(sections)

@@ -26,7 +26,8 @@ class Request:
     """One prompt about one or more sections of a recording, (begin, end) in seconds, each a clip of the prompt.
 
     ``key`` is the caller's, to know the answer by; ``where`` names the recording in messages. ``skip_silence``: a request of nothing but
-    silence is answered by an empty text, as a language model given silence makes something up.
+    silence is answered by an empty text, as a language model given silence makes something up. ``max_new_tokens`` stands
+    for that of `respond`'s ``generation``, if not None.
     """
 
     key: Any
@@ -35,6 +36,7 @@ class Request:
     prompt: str
     where: str = ""
     skip_silence: bool = False
+    max_new_tokens: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -58,9 +60,13 @@ class Response:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A batch of ``size`` requests: those to answer and those of silence, each with its loudness and seconds, and the processor's batch."""
+    """A batch of ``size`` requests: those to answer and those of silence, each with its loudness and seconds, and the processor's batch.
+
+    ``max_new_tokens`` is what the requests have, all of them.
+    """
 
     size: int
+    max_new_tokens: int | None
     answerable: list[tuple[Request, Loudness, float]]
     silent: list[tuple[Request, Loudness, float]]
     inputs: Any
@@ -90,7 +96,7 @@ def respond(
     generation = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **generation}
     loader = torch.utils.data.DataLoader(
         _Indexed(requests),
-        batch_sampler=batches_by_length([request.seconds for request in requests], batch_size),
+        batch_sampler=_batches(requests, batch_size),
         collate_fn=_Preparation(processor, bad_rows),
         num_workers=num_workers,
     )
@@ -101,7 +107,8 @@ def respond(
             task = bar.add_task(progress or "", total=len(requests))
             begun = time.perf_counter()
             for batch in loader:
-                texts = _generate(model, processor, batch.inputs, generation) if batch.answerable else []
+                limit = {} if batch.max_new_tokens is None else {"max_new_tokens": batch.max_new_tokens}
+                texts = _generate(model, processor, batch.inputs, generation | limit) if batch.answerable else []
                 share = (time.perf_counter() - begun) / batch.size
                 texts += [("", False)] * len(batch.silent)
                 for prepared, (text, cut_off) in zip([*batch.answerable, *batch.silent], texts, strict=True):
@@ -112,6 +119,19 @@ def respond(
                 begun = time.perf_counter()
     finally:
         model.train(training)
+
+
+def _batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
+    """Indices, the longest requests first; those of a batch have the same limit, as it is generated with one."""
+    by_limit: dict[int | None, list[int]] = {}
+    for index, request in enumerate(requests):
+        by_limit.setdefault(request.max_new_tokens, []).append(index)
+    batches = [
+        [indices[at] for at in batch]
+        for indices in by_limit.values()
+        for batch in batches_by_length([requests[index].seconds for index in indices], batch_size)
+    ]
+    return sorted(batches, key=lambda batch: -requests[batch[0]].seconds)
 
 
 class _Indexed(torch.utils.data.Dataset[Request]):
@@ -158,7 +178,9 @@ class _Preparation:
                 # Which request it was shows when each is taken by itself: a prompt past the language model's context, for instance.
                 answerable = [row for row in answerable if self._accepted(row)]
                 inputs = self._processed(answerable) if answerable else None
-        return _Prepared(len(requests), [row.measured for row in answerable], [row.measured for row in silent], inputs)
+        return _Prepared(
+            len(requests), requests[0].max_new_tokens, [row.measured for row in answerable], [row.measured for row in silent], inputs
+        )
 
     def _decoded(self, request: Request) -> _Decoded | None:
         """What the processor gets of a request; None, and a line in the log, if it cannot be used."""

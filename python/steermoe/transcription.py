@@ -132,7 +132,7 @@ def ask(model: Any, processor: Any, source: AudioSource, question: str, **genera
     if not question.strip():
         raise ValueError("question must not be empty")
     room = capacity(model, processor, question)
-    most = room.seconds(min(LEAST_ANSWER, room.answer(generation)))
+    most = room.question_seconds(generation)
     if (seconds := duration_of(source)) > most:
         name = name_of(source)
         raise ValueError(f"{name} is {seconds:.1f} s long, and the language model takes {most:.1f} s with this question: ask about a part")

@@ -218,3 +218,24 @@ def test_a_question_about_more_than_the_language_model_takes(narrow: tuple[Any, 
     result = evaluate(model, processor, Corpus(rows, name="asked"))
     assert [row.id for row in result.hypotheses] == ["1"]
     assert [problem.reason for problem in result.problems] == ["60.0 s of audio, and the language model takes 1.6 s with this question"]
+
+
+def test_what_can_be_asked_can_be_evaluated(narrow: tuple[Any, SteerMoEProcessor], tmp_path: Path) -> None:
+    """With the same limit on the answer, however long the other recordings are."""
+    model, processor = narrow
+    processor.tokenizer.model_max_length += 60
+    asked: list[tuple[int, int]] = []
+    model.generate, generate = (
+        lambda **options: asked.append((len(options["input_ids"]), options["max_new_tokens"])) or generate(**options),
+        model.generate,
+    )
+    rows, answers = [], []
+    for index, seconds in enumerate((0.4, 2.7, 0.4, 5.0)):
+        soundfile.write(tmp_path / f"{index}.wav", noise(seconds, index), 16000)
+        rows.append(Example(str(tmp_path / f"{index}.wav"), "yes", prompt="What?", answers=("yes",), id=str(index)))
+        answers.append(ask(model, processor, tmp_path / f"{index}.wav", "What?", max_new_tokens=70))
+    alone, asked[:] = sorted(asked), []
+    result = evaluate(model, processor, Corpus(rows, name="asked"), max_new_tokens=70)
+    assert result.problems == [] and [row.hypothesis for row in result.hypotheses] == answers
+    assert sorted({limit for _, limit in alone}) == sorted(limit for _, limit in asked) and sum(size for size, _ in asked) == 4
+    assert min(asked)[1] < 50 and max(asked) == (2, 70)
