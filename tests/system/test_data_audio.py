@@ -17,6 +17,9 @@ from steermoe.data.audio import AudioError, blocks_of, duration_of, load_audio, 
 SPEECH = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "speech"
 
 
+OPUS = {"format": "OGG", "subtype": "OPUS"}
+
+
 def tone(seconds: float, rate: int, frequency: float = 440.0) -> np.ndarray:
     return (0.5 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
 
@@ -165,13 +168,47 @@ def test_errors_say_what_came(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.98])
-@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3"])
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3", "a.ogg", "a.opus"])
 def test_cut_off_files_are_errors(tmp_path: Path, name: str, kept: float) -> None:
-    record(tmp_path / name, "one two three four five six seven eight nine " * 4)
+    record(tmp_path / name, "one two three four five six seven eight nine " * 4, **OPUS if name == "a.opus" else {})
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[: int(len(data) * kept)])
     with pytest.raises(AudioError, match="cut off"):
         load_audio(tmp_path / name)
+
+
+def pages(data: bytes) -> list[bytes]:
+    """Of an Ogg file."""
+    found = []
+    while data:
+        length = 27 + data[26] + sum(data[27 : 27 + data[26]])
+        found.append(data[:length])
+        data = data[length:]
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, OPUS], ids=["vorbis", "opus"])
+def test_an_ogg_file_is_whole_where_its_last_page_ends_a_stream(tmp_path: Path, options: dict[str, str]) -> None:
+    data = record(tmp_path / "a.ogg", "one two three four five six seven eight nine " * 4, **options).read_bytes()
+    other = record(tmp_path / "b.ogg", "one", **options).read_bytes()
+    *most, last = pages(data)
+    assert len(most) > 3 and len(load_audio(data)) > 16000
+    # A second stream after the first; a tag, zeros, and what looks like a page without being one after the last.
+    for more in (other, b"TAG" + bytes(125), bytes(300_000), b"OggS" * 3 + bytes(200), last[:-1]):
+        assert len(load_audio(data + more)) == len(load_audio(data))
+    for cut in (b"".join(most), b"".join(most) + last[:-1], b"".join(most[:-1]) + bytes(300_000), data + b"".join(pages(other)[:-1])):
+        with pytest.raises(AudioError, match="is cut off: its last page is not the end of a stream"):
+            load_audio(cut)
+
+
+def test_the_whole_of_an_ogg_file_is_not_read_to_see_that_it_is_whole(tmp_path: Path) -> None:
+    data = record(tmp_path / "a.ogg", "one").read_bytes()
+    (tmp_path / "long.ogg").write_bytes(data[:-1] + bytes(30_000_000) + data)
+    tracemalloc.start()
+    assert duration_of(tmp_path / "long.ogg") > 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_a_stream_of_unknown_length_is_no_cut_off_file(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ import io
 import math
 import os
 import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import soundfile
@@ -44,6 +45,11 @@ MISSING_SECONDS = 0.1
 # libsndfile's figure for a length that the header leaves open is the largest integer; no file has this many frames.
 UNKNOWN_FRAMES = 1 << 48
 UNKNOWN_BYTES = 0x7FFF_0000
+# An Ogg page has a header of 27 bytes, a table of up to 255 sizes, and as many times up to 255 bytes.
+OGG_PAGE_BYTES = 27 + 255 + 255 * 255
+OGG_END_OF_STREAM = 0x04
+# Each byte with its bits in the other order.
+MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 # Read on either side of a section before resampling, so that the filter meets the same samples as in the whole file.
 MARGIN_SECONDS = 0.05
 # Energy is averaged over this long when looking for a quiet place: longer than a stop consonant's closure, shorter than a pause.
@@ -266,6 +272,8 @@ def _opened(source: AudioSource) -> Iterator[Any]:
     with file:
         if _wav_is_cut_off(held, size, file.format):
             raise AudioError(f"{name} is cut off: its header declares more than the {size} bytes that are there")
+        if _ogg_is_cut_off(held, size, file.format):
+            raise AudioError(f"{name} is cut off: its last page is not the end of a stream")
         if file.frames == 0:
             raise AudioError(f"{name} is empty or cut off: it has a header and no samples")
         yield file
@@ -292,7 +300,7 @@ def _wav_is_cut_off(source: str | os.PathLike[str] | bytes, size: int, kind: str
     """
     if kind not in ("WAV", "WAVEX"):
         return False
-    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+    with _raw(source) as file:
         form = "<4sI" if file.read(12)[:4] == b"RIFF" else ">4sI"
         while len(header := file.read(8)) == 8:
             name, length = struct.unpack(form, header)
@@ -300,6 +308,46 @@ def _wav_is_cut_off(source: str | os.PathLike[str] | bytes, size: int, kind: str
                 return 0 < length < UNKNOWN_BYTES and length > size - file.tell()
             file.seek(length + length % 2, os.SEEK_CUR)
     return False
+
+
+def _ogg_is_cut_off(source: str | os.PathLike[str] | bytes, size: int, kind: str) -> bool:
+    """Whether the last page is not one that ends a stream: libsndfile takes the pages there are of an Ogg file without a word.
+
+    Looked for from the end, as whatever follows it is passed over.
+    """
+    if kind != "OGG":
+        return False
+    with _raw(source) as file:
+        span = 0
+        while span < size:
+            span = min(max(OGG_PAGE_BYTES, 4 * span), size)
+            file.seek(size - span)
+            tail = file.read(span)
+            at = tail.rfind(b"OggS")
+            while at >= 0:
+                if (flags := _ogg_flags(tail[at : at + OGG_PAGE_BYTES])) is not None:
+                    return not flags & OGG_END_OF_STREAM
+                at = tail.rfind(b"OggS", 0, at)
+    return False
+
+
+def _ogg_flags(data: bytes) -> int | None:
+    """The header type of the Ogg page that ``data`` begins with; None if it is not a whole one, as its checksum tells."""
+    if len(data) < 27:
+        return None
+    sizes = data[27 : 27 + data[26]]
+    length = 27 + data[26] + sum(sizes)
+    if len(data) < length:
+        return None
+    page = data[:length]
+    # The checksum, its own field 0, is CRC-32's polynomial from the highest bit down and from 0: zlib's, of mirrored bits and complemented.
+    checked = page[:22] + bytes(4) + page[26:]
+    found = zlib.crc32(checked.translate(MIRRORED), 0xFFFF_FFFF) ^ 0xFFFF_FFFF
+    return page[5] if int(f"{found:032b}"[::-1], 2) == int.from_bytes(page[22:26], "little") else None
+
+
+def _raw(source: str | os.PathLike[str] | bytes) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
 
 
 def _frames(source: AudioSource, file: Any) -> int:
