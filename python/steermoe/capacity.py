@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import AUDIO_TOKEN
-from .generation import MAX_NEW_TOKENS
+from .generation import answer_limit
 
 __all__ = ["Capacity", "capacity"]
 
@@ -29,8 +29,11 @@ class Capacity:
     tokens_of: Callable[[float], int] = lambda seconds: 0
 
     def answer(self, generation: dict[str, Any]) -> int:
-        """Tokens to keep for an answer by these options of ``model.generate``; at most half of all, so that there is room for audio."""
-        asked = generation.get("max_new_tokens") or MAX_NEW_TOKENS
+        """Tokens to keep for an answer by these options of ``model.generate``; at most half of all, so that there is room for audio.
+
+        ValueError as `answer_limit`'s.
+        """
+        asked = answer_limit(generation)
         return asked if self.tokens is None else min(asked, self.tokens // 2)
 
     def longest_clip(self, answer: int) -> float:
@@ -56,7 +59,7 @@ class Capacity:
         if self.tokens is None:
             return generation
         left = self.tokens - sum(self.tokens_of(end - begin) for begin, end in sections)
-        return generation | {"max_new_tokens": max(1, min(generation.get("max_new_tokens") or MAX_NEW_TOKENS, left))}
+        return generation | {"max_new_tokens": max(1, min(answer_limit(generation), left))}
 
 
 def capacity(model: Any, processor: Any, prompt: str) -> Capacity:

@@ -21,7 +21,7 @@ from .data.audio import name_of, split_at_quiet
 from .data.collator import TRANSCRIPTION_PROMPT
 from .data.corpus import BadRowLog, Corpus, Problem
 from .error_rates import ErrorRate, WordErrors, bootstrap, normalizer, word_errors
-from .generation import Request, Response, respond
+from .generation import Request, Response, answer_limit, respond
 from .transcription import join_texts
 
 __all__ = ["ErrorRate", "Evaluation", "ExactMatch", "Hypothesis", "WordErrors", "evaluate", "exact_match", "word_errors"]
@@ -186,13 +186,15 @@ def evaluate(
     to ``model.generate``.
 
     Rows without a text or with unusable audio are not scored but named in ``problems`` and in the JSONL; more than ``max_bad_rows`` raise
-    TooManyBadRows. ValueError for an unknown task or language and where no row can be scored; OSError, before anything is generated, for an
-    ``output`` that cannot be written. Where writing fails in the end, the OSError has the result as its attribute ``evaluation``.
+    TooManyBadRows. ValueError for an unknown task or language, for ``generation`` as `generation.answer_limit`'s, and where no row can be
+    scored; OSError, before anything is generated, for an ``output`` that cannot be written. Where writing fails in the end, the OSError has
+    the result as its attribute ``evaluation``.
     """
     if task is not None and task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)} or None, got {task!r}")
     # What scoring needs is asked for now: after hours of generation is late to learn that it is not installed.
     word_errors([""], [""], language, normalization=normalization)
+    answer_limit(generation)
     if output is not None:
         check_output(output)
     rows = corpus.for_scoring()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,15 +85,16 @@ def respond(
 ) -> Iterator[Response]:
     """The responses, longest requests first, as they come.
 
-    ``generation`` goes to ``model.generate``; greedy with at most `MAX_NEW_TOKENS` unless it says otherwise. Audio that cannot be decoded
-    (AudioError) and a prompt that does not fit (ValueError, as `chat` and the processor) raise, or with ``bad_rows`` are recorded and get
-    no response.
+    ``generation`` goes to ``model.generate``; greedy with at most `MAX_NEW_TOKENS` unless it, or a ``generation_config`` among it, says
+    otherwise. Audio that cannot be decoded (AudioError) and a prompt that does not fit (ValueError, as `chat` and the processor) raise, or
+    with ``bad_rows`` are recorded and get no response.
     ``num_workers`` processes decode ahead. ``progress`` is the text beside a progress bar on the error stream, None for no bar. ValueError
-    for a ``batch_size`` below 1.
+    for a ``batch_size`` below 1, and as `answer_limit`'s.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    generation = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **generation}
+    sampled = _setting("do_sample", generation)
+    generation |= {"max_new_tokens": answer_limit(generation), "do_sample": False if sampled is None else sampled}
     loader = torch.utils.data.DataLoader(
         _Indexed(requests),
         batch_sampler=_batches(requests, batch_size),
@@ -119,6 +120,32 @@ def respond(
                 begun = time.perf_counter()
     finally:
         model.train(training)
+
+
+def answer_limit(generation: Mapping[str, Any]) -> int:
+    """New tokens that an answer by these options of ``model.generate`` may have: ``max_new_tokens``, `MAX_NEW_TOKENS` by default.
+
+    ValueError for one below 1, for ``max_length`` in its place, and for options by which there is more than a text a request.
+    """
+    limit = _setting("max_new_tokens", generation)
+    if limit is None and (length := _setting("max_length", generation)) is not None:
+        raise ValueError(f"max_length counts the prompt and its audio, got {length}: give max_new_tokens, which counts the answer alone")
+    if limit is None:
+        limit = MAX_NEW_TOKENS
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {limit!r}")
+    if (texts := _setting("num_return_sequences", generation)) not in (None, 1):
+        raise ValueError(f"num_return_sequences must be 1, as one text a clip is returned, got {texts}")
+    if _setting("return_dict_in_generate", generation):
+        raise ValueError("return_dict_in_generate must be false, as one text a clip is returned")
+    return limit
+
+
+def _setting(name: str, generation: Mapping[str, Any], model: Any = None) -> Any:
+    """What ``generation`` says, itself or in its generation_config, else the model's generation config; None where nothing does."""
+    configs = (generation.get("generation_config"), getattr(model, "generation_config", None))
+    said = (generation.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in said if value is not None), None)
 
 
 def _batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
@@ -223,13 +250,12 @@ def _generate(model: Any, processor: Any, inputs: Any, generation: dict[str, Any
 
 def _cut_off(model: Any, tokens: torch.Tensor, generation: dict[str, Any]) -> list[bool]:
     """Of each row, whether it has all the tokens it may have and the last of them ends nothing; False where no token ends a turn."""
-    config = generation.get("generation_config") or getattr(model, "generation_config", None)
-    limit, ends = generation["max_new_tokens"], generation.get("eos_token_id", getattr(config, "eos_token_id", None))
-    if limit is None or ends is None or tokens.shape[1] < limit:
+    limit, ends = generation["max_new_tokens"], _setting("eos_token_id", generation, model)
+    if ends is None or tokens.shape[1] < limit:
         return [False] * len(tokens)
     # A row that has ended before is filled up with the pad token, or with the first that ends a turn.
     last = {*ends} if isinstance(ends, list | tuple) else {int(ends)}
-    last.add(generation.get("pad_token_id", getattr(config, "pad_token_id", None)))
+    last.add(_setting("pad_token_id", generation, model))
     return [token not in last for token in tokens[:, -1].tolist()]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from .capacity import LEAST_ANSWER, capacity
 from .data.audio import AudioSource, Loudness, duration_of, name_of, split_at_quiet
 from .data.collator import TRANSCRIPTION_PROMPT
-from .generation import MAX_NEW_TOKENS, Request, respond
+from .generation import Request, answer_limit, respond
 
 # Scripts written without spaces between words: pieces that meet in one are joined without a space.
 _UNSPACED = re.compile(
@@ -86,7 +86,7 @@ def transcribe(
     ``max_seconds`` is the longest piece, at most `longest_piece`'s and by default what it says; shorter ones make finer segments. Silent
     pieces (`data.audio.SILENT_PEAK`) get an empty text. ``generation`` goes to ``model.generate``, ``max_new_tokens`` cut to what the
     language model takes. Only one batch's pieces are in memory. AudioError as `data.load_audio`'s; ValueError for a ``max_seconds`` that
-    cannot be taken.
+    cannot be taken, and for ``generation`` as `generation.answer_limit`'s.
     """
     begun = time.perf_counter()
     prompt = TRANSCRIPTION_PROMPT if prompt is None else prompt
@@ -103,7 +103,7 @@ def transcribe(
     warnings = Loudness.joined(response.loudness for response in responses.values()).warnings
     if cut_off := [start for key, (start, _) in enumerate(sections) if responses[key].cut_off]:
         of = f"{len(cut_off)} of {len(sections)} segments, the first at {cut_off[0]:.1f} s,"
-        warnings.append(f"cut off (the text of {of} had not ended after {generation.get('max_new_tokens', MAX_NEW_TOKENS)} tokens)")
+        warnings.append(f"cut off (the text of {of} had not ended after {answer_limit(generation)} tokens)")
     return Transcript(name, segments, sections[-1][1] - sections[0][0], time.perf_counter() - begun, tuple(warnings))
 
 
@@ -127,7 +127,8 @@ def ask(model: Any, processor: Any, source: AudioSource, question: str, **genera
     """The model's answer to ``question`` about the audio; a long recording is given as several clips of one prompt.
 
     ``generation`` goes to ``model.generate``, ``max_new_tokens`` cut to what the language model takes. AudioError as `data.load_audio`'s;
-    ValueError for an empty question, and for a recording longer than the language model takes.
+    ValueError for an empty question, for a recording longer than the language model takes, and for ``generation`` as
+    `generation.answer_limit`'s.
     """
     if not question.strip():
         raise ValueError("question must not be empty")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import tiny_models
+import torch
 import transformers
 from tiny_backbones import ENCODERS, noise
 from tones import WORDS as WORD_TOKENS
@@ -21,6 +24,7 @@ from steermoe import SteerMoEProcessor
 from steermoe.capacity import capacity
 from steermoe.data import AudioError, Corpus, Example
 from steermoe.evaluation import evaluate
+from steermoe.generation import Request, respond
 from steermoe.transcription import Segment, Transcript, ask, join_texts, longest_piece, timecode, transcribe
 
 WORDS = "one two three four five six seven eight nine zero yes no"
@@ -88,6 +92,59 @@ def test_a_language_model_that_ends_its_turn_is_not_cut_off(tiny_encoder: Path, 
     every = list(range(model.language_model.config.vocab_size))
     assert transcribe(model, processor, tmp_path / "a.wav", max_new_tokens=4, eos_token_id=every).warnings == ()
     assert transcribe(model, processor, tmp_path / "a.wav", max_new_tokens=1, eos_token_id=every).warnings == ()
+
+
+def test_a_generation_config_is_gone_by(tiny_encoder: Path, tiny_language_model: Path, tmp_path: Path) -> None:
+    model, processor = tiny_models.build(tiny_encoder, tiny_language_model)
+    soundfile.write(tmp_path / "a.wav", noise(1.0, 1), 16000)
+    asked: list[tuple[int, int, bool]] = []
+
+    def generate(**options: Any) -> Any:
+        tokens = made(**options)
+        asked.append((tokens.shape[1], options["max_new_tokens"], options["do_sample"]))
+        return tokens
+
+    model.generate, made = generate, model.generate
+    config = transformers.GenerationConfig(max_new_tokens=5, do_sample=True, temperature=5.0)
+    torch.manual_seed(0)
+    transcript = transcribe(model, processor, tmp_path / "a.wav", generation_config=config)
+    assert transcript.warnings == ("cut off (the text of 1 of 1 segments, the first at 0.0 s, had not ended after 5 tokens)",)
+    ask(model, processor, tmp_path / "a.wav", "What?", generation_config=transformers.GenerationConfig(max_new_tokens=6))
+    transcribe(model, processor, tmp_path / "a.wav", generation_config=config, max_new_tokens=3, do_sample=False)
+    rows = Corpus([Example(str(tmp_path / "a.wav"), "yes", id="1")], name="asked")
+    evaluate(model, processor, rows, generation_config=config)
+    assert asked == [(5, 5, True), (6, 6, False), (3, 3, False), (5, 5, True)]
+    assert config.max_new_tokens == 5 and longest_piece(model, processor, generation_config=config) == processor.max_seconds
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be a whole number of at least 1, got -1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number of at least 1, got 2.5"),
+        ({"num_beams": 2, "num_return_sequences": 2}, "num_return_sequences must be 1, as one text a clip is returned, got 2"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate must be false, as one text a clip is returned"),
+        ({"max_length": 30}, "max_length counts the prompt and its audio, got 30: give max_new_tokens, which counts the answer alone"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(reversed(value)),
+)
+@pytest.mark.parametrize("as_config", [False, True])
+def test_options_that_one_text_a_clip_cannot_go_by(how: dict[str, Any], said: str, as_config: bool, tmp_path: Path) -> None:
+    options = {"generation_config": SimpleNamespace(**how)} if as_config else how
+    path, model, processor = record(tmp_path / "a.wav", "yes"), ToneModel(), ToneProcessor()
+    rows = Corpus([Example(str(path), "yes", id="1")], name="asked")
+    for run in (
+        lambda: transcribe(model, processor, path, **options),
+        lambda: ask(model, processor, path, "What?", **options),
+        lambda: evaluate(model, processor, rows, **options),
+        lambda: list(respond(model, processor, [Request(0, str(path), ((0.0, 0.5),), "What?")], **options)),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+            run()
+    assert not processor.calls
+    assert transcribe(model, processor, path, num_return_sequences=1, return_dict_in_generate=False).text == "yes"
+    assert transcribe(model, processor, path, max_length=30, max_new_tokens=1).text == "yes"
 
 
 def test_two_hours(tmp_path: Path) -> None:
