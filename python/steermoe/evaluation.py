@@ -295,8 +295,8 @@ def _requests(
         try:
             room = capacity_of(asked)
             longest = room.clip_seconds if task == "question" else room.longest_clip(room.answer(generation))
-            # A clip that fits needs no look into its file before its batch's turn.
-            fits = known[index] <= longest
+            # A clip that fits needs no look into its file before its batch's turn. One of 0 s begins past the file's end, and is named.
+            fits = 0 < known[index] <= longest
             sections = (
                 [(row.offset, row.offset + float(known[index]))] if fits else split_at_quiet(row.audio, longest, row.offset, row.duration)
             )

@@ -36,6 +36,14 @@ def test_a_sound_corpus_passes(tmp_path: Path) -> None:
     assert dict(report.histogram())["1 to 2 s"] == 2 and sum(count for _, count in report.histogram()) == 3
 
 
+@pytest.mark.parametrize("seconds", [-3.0, 0.0, float("nan"), float("inf")])
+def test_a_longest_clip_that_is_none_is_refused(tmp_path: Path, seconds: float) -> None:
+    record(tmp_path / "a.wav", "one")
+    path = manifest(tmp_path, {"audio_filepath": "a.wav", "text": "one"})
+    with pytest.raises(ValueError, match=f"^max_seconds must be finite and above 0, got {seconds:g}$"):
+        check(path, max_seconds=seconds)
+
+
 def test_every_fault_is_found(tmp_path: Path) -> None:
     record(tmp_path / "good.wav", "one two")
     soundfile.write(tmp_path / "same.flac", soundfile.read(tmp_path / "good.wav", dtype="int16")[0], 16000)

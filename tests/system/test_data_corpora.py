@@ -188,6 +188,37 @@ def test_aishell(tmp_path: Path, transcript: str) -> None:
         data.load({"path": tmp_path, "split": "dev"})
 
 
+def test_a_second_file_or_line_of_an_utterance_is_named(tmp_path: Path) -> None:
+    for place in ("train/S1/a.wav", "train/S2/a.wav", "train/S2/b.flac", "train/S2/b.wav", "test/S3/c.wav", "test/S3/d.wav"):
+        record(tmp_path / "wav" / place, "one")
+    transcript = tmp_path / "trans.txt"
+    transcript.write_text("a one\nb two\nc three\na four\na five\nc three\ne six\ne six\n")
+    wav = tmp_path / "wav"
+    train = [
+        f"{transcript}:4: the same utterance as line 1",
+        f"{transcript}:5: the same utterance as line 1",
+        f"{wav / 'train/S2/a.wav'}: the same utterance as {wav / 'train/S1/a.wav'}",
+        f"{wav / 'train/S2/b.wav'}: the same utterance as {wav / 'train/S2/b.flac'}",
+    ]
+    test = [f"{transcript}:6: the same utterance as line 3", f"{wav / 'test/S3/d.wav'}: no line in trans.txt"]
+    unheard = [f"{transcript}:{number}: no audio e.wav under {wav}" for number in (7, 8)]
+    corpus = data.load(tmp_path)
+    assert {row.id: (row.text, row.audio) for row in corpus} == {
+        "a": ("one", str(wav / "train/S1/a.wav")),
+        "b": ("two", str(wav / "train/S2/b.flac")),
+        "c": ("three", str(wav / "test/S3/c.wav")),
+    }
+    assert [str(problem) for problem in corpus.problems] == [*test, *train, *unheard]
+    assert [str(problem) for problem in data.load({"path": tmp_path, "split": "train"}).problems] == train
+    (tmp_path / "libri").mkdir()
+    record(tmp_path / "libri" / "1-2-0.flac", "one")
+    transcript = tmp_path / "libri" / "1-2.trans.txt"
+    transcript.write_text("1-2-0 ONE\n1-2-0 TWO\n")
+    corpus = data.load(tmp_path / "libri")
+    assert [row.text for row in corpus] == ["ONE"]
+    assert [str(problem) for problem in corpus.problems] == [f"{transcript}:2: the same utterance as line 1"]
+
+
 def test_clotho_aqa(tmp_path: Path) -> None:
     record(tmp_path / "audio_files" / "rain, heavy.wav", "one")
     table = tmp_path / "clotho_aqa_test.csv"

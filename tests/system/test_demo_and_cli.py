@@ -317,6 +317,7 @@ def test_data_check_lists_what_is_wrong(tmp_path: Path) -> None:
         (("inspect", "nowhere"), 1, "no checkpoint of an aligner"),
         (("data", "check", "nowhere"), 1, "nowhere"),
         (("data", "check", "{path: nowhere, kind: librispeech}"), 1, "there is nothing at nowhere"),
+        (("data", "check", "nowhere", "--max-seconds", "-3"), 1, "max_seconds must be finite and above 0, got -3"),
         (("data", "check", "{path: nowhere"), 1, "neither a path nor YAML"),
         (("frobnicate",), 2, "frobnicate"),
     ],

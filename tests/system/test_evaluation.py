@@ -193,6 +193,20 @@ def test_rows_that_cannot_be_scored_are_named(tmp_path: Path) -> None:
         evaluate(model, ToneProcessor(), Corpus([rows[2]], name="tones"))
 
 
+@pytest.mark.parametrize("answers", [(), ("one",)], ids=["transcription", "question"])
+@pytest.mark.parametrize("duration", [None, 0.5])
+def test_a_section_past_the_end_is_named_as_one(tmp_path: Path, duration: float | None, answers: tuple[str, ...]) -> None:
+    path = record(tmp_path / "a.wav", "one")
+    rows = [Example(str(path), "one", answers=answers, where="m:1")]
+    rows += [Example(str(path), "one", answers=answers, offset=offset, duration=duration, where=f"m:{offset}") for offset in (0.5, 1e4)]
+    result = evaluate(ToneModel(), ToneProcessor(), Corpus(rows, name="tones"))
+    assert [row.hypothesis for row in result.hypotheses] == ["one"]
+    assert [str(problem) for problem in result.problems] == [
+        f"m:0.5: {path} has 0.50 s, and the section begins at 0.50 s",
+        f"m:10000.0: {path} has 0.50 s, and the section begins at 10000.00 s",
+    ]
+
+
 def test_scores_outlive_a_disk_that_is_full_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Evaluation, path: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -24,8 +24,8 @@ def read(path: str | os.PathLike[str], *, split: str | None = None) -> Corpus:
     """Every WAV file under ``wav``, in the order of their names, with its line of the transcript, spaces between Chinese words removed.
 
     ``split`` reads ``wav/train``, ``wav/dev`` or ``wav/test`` alone. Audio without a transcript line, or with one that is not UTF-8, is
-    a problem; so, where the whole corpus is read, is a line without audio. FileNotFoundError for a split that is not there and for
-    speakers still packed as archives.
+    a problem; so is a second file or line of an utterance, and, where the whole corpus is read, a line without audio. FileNotFoundError
+    for a split that is not there and for speakers still packed as archives.
     """
     root = Path(path)
     transcript = _transcript(root)
@@ -41,13 +41,18 @@ def read(path: str | os.PathLike[str], *, split: str | None = None) -> Corpus:
     texts = _texts(transcript)
     rows: list[Example] = []
     problems: list[Problem] = []
+    read_from: dict[str, Path] = {}
     for file in files:
-        line = texts.pop(file.stem, None)
-        if line is None:
+        if (first := read_from.setdefault(file.stem, file)) != file:
+            problems.append(Problem(str(file), f"the same utterance as {first}"))
+            continue
+        lines = texts.pop(file.stem, None)
+        if lines is None:
             problems.append(Problem(str(file), f"no line in {transcript.name}"))
             continue
-        number, content = line
+        (number, content), *again = lines
         where = f"{transcript}:{number}"
+        problems += [Problem(f"{transcript}:{later}", f"the same utterance as line {number}") for later, _ in again]
         try:
             text = _SPACE_BESIDE_HAN.sub("", _fields(decoded(content))[1])
         except ValueError as error:
@@ -55,7 +60,9 @@ def read(path: str | os.PathLike[str], *, split: str | None = None) -> Corpus:
         else:
             rows.append(Example(str(file), text, id=file.stem, extra={"speaker": file.parent.name}, where=where))
     if split is None:
-        problems += [Problem(f"{transcript}:{number}", f"no audio {name}.wav under {folder}") for name, (number, _) in texts.items()]
+        problems += [
+            Problem(f"{transcript}:{number}", f"no audio {name}.wav under {folder}") for name, lines in texts.items() for number, _ in lines
+        ]
     return Corpus(rows, problems, str(folder))
 
 
@@ -64,13 +71,13 @@ def _transcript(root: Path) -> Path | None:
     return next((file for file in found if file.is_file()), None)
 
 
-def _texts(transcript: Path) -> dict[str, tuple[int, bytes]]:
-    """Line number and line by utterance, undecoded: one that is not UTF-8 is a fault of its own row."""
-    texts = {}
+def _texts(transcript: Path) -> dict[str, list[tuple[int, bytes]]]:
+    """Line numbers and lines by utterance, undecoded: one that is not UTF-8 is a fault of its own row."""
+    texts: dict[str, list[tuple[int, bytes]]] = {}
     for number, line in numbered_lines(transcript):
         name, _ = _fields(line.decode("utf-8", errors="replace"))
         if name:  # else an ideographic space
-            texts[name] = number, line
+            texts.setdefault(name, []).append((number, line))
     return texts
 
 

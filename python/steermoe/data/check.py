@@ -157,8 +157,11 @@ def check(spec: Specification, *, sampling_rate: int = 16000, max_seconds: float
     prompts that no processor takes (half a character, <|audio|> in a text or more than once in a prompt). Warnings: sampling rates below
     ``sampling_rate`` (what the encoder could hear above half of them is missing), ids that occur twice, the same audio in several rows
     (by its decoded samples), declared durations that are not the real ones, silent and clipped audio, clips over ``max_seconds`` (they
-    will be split). ``progress`` shows a bar on the error stream. Raises as `load` where there is no corpus at all.
+    will be split). ``progress`` shows a bar on the error stream. Raises as `load` where there is no corpus at all; ValueError for a
+    ``max_seconds`` that is not finite and above 0.
     """
+    if not 0 < max_seconds < math.inf:
+        raise ValueError(f"max_seconds must be finite and above 0, got {max_seconds:g}")
     corpus = load(spec, allow_empty=True)
     # soundfile and hashlib release the interpreter lock while they work.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

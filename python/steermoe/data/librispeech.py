@@ -21,8 +21,8 @@ def takes(path: Path) -> bool:
 def read(path: str | os.PathLike[str], *, split: str | None = None) -> Corpus:
     """Every utterance under ``path``, in the order of the transcripts' names; ``split`` reads one folder of it, as "test-clean".
 
-    A transcript line without audio or that is not UTF-8, audio without a transcript line, and audio beside another file of the same
-    utterance is a problem. FileNotFoundError for a split that is not there.
+    A transcript line without audio or that is not UTF-8, audio without a transcript line, and a second file or line of an utterance is a
+    problem. FileNotFoundError for a split that is not there.
     """
     root = Path(path)
     if split is not None:
@@ -40,9 +40,13 @@ def read(path: str | os.PathLike[str], *, split: str | None = None) -> Corpus:
         for each in sorted(beside, key=lambda file: (_SUFFIXES.index(file.suffix.lower()), file.name)):
             if (first := audio.setdefault(each.stem, each)) != each:
                 problems.append(Problem(str(each), f"the same utterance as {first.name}"))
+        lines: dict[str, int] = {}
         for number, line in numbered_lines(transcripts):
             name = line.split()[0].decode("utf-8", errors="replace")
             where = f"{transcripts}:{number}"
+            if (earlier := lines.setdefault(name, number)) != number:
+                problems.append(Problem(where, f"the same utterance as line {earlier}"))
+                continue
             file = audio.pop(name, None)
             try:
                 text = decoded(line).partition(name)[2].strip()
