@@ -149,7 +149,7 @@ class AlignerTrainer(Trainer):
         """transformers' own, with workers that leave signals to this process."""
         loader: Any = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's wraps the one that starts the workers
-        inner.worker_init_fn = DeafToSignals(inner.worker_init_fn)
+        inner.worker_init_fn = DeafToSignals(self.interruption.runs, inner.worker_init_fn)
         return loader
 
     # Optimizer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -105,17 +107,19 @@ class Interruption(TrainerCallback):
         self.stopped = False
         # While the corpus is scored there is no step to wait for: the signal ends the scoring, and the run with it.
         self.may_raise = False
+        # In memory that a DataLoader's workers share: whether the run goes on, and they with it.
+        self.runs: Any = multiprocessing.RawValue("b", False)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Catches the signals inside the block. Only a program's main thread may: elsewhere they are left as they are."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS} if main else {}
+        self.runs.value = True
         try:
             yield
         finally:
+            self.runs.value = False
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -137,16 +141,22 @@ class Interruption(TrainerCallback):
 
 
 class DeafToSignals:
-    """A DataLoader's ``worker_init_fn`` that leaves the signals which end a run to the main process.
+    """A DataLoader's ``worker_init_fn`` that leaves the signals which end a run to the main process, as long as it ``runs``.
 
     A scheduler may send them to all processes of a job: workers that died of them would take the step at hand, and the checkpoint, along.
+    After the run they end a worker, as they must: a process that exits sends SIGTERM to its workers, and waits for them.
     """
 
-    def __init__(self, inner: Callable[[int], None] | None) -> None:
-        self.inner = inner
+    def __init__(self, runs: Any, inner: Callable[[int], None] | None) -> None:
+        self.runs, self.inner = runs, inner
 
     def __call__(self, worker: int) -> None:
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, self._on_signal)
         if self.inner is not None:
             self.inner(worker)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self.runs.value:
+            # Not by an exception, which a collator could take for one of a row's.
+            os._exit(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -101,7 +102,11 @@ def _said(error: BaseException) -> str:
         return f"{error.name} is not installed, and the extra `system` brings it: pip install 'steermoe-kernels[system]'"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
+    said = str(error) or type(error).__name__
+    # torch puts the whole traceback of a DataLoader's worker before the words of the error there.
+    if caught := re.match(r"Caught (\w+) in DataLoader worker process \d+\.\n", said):
+        said = re.split(rf"\n(?:\w+\.)*{caught[1]}: ", said)[-1].rstrip()
+    return said
 
 
 @app.command(cls=_Command)

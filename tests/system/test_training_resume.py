@@ -250,6 +250,43 @@ def test_a_signal_to_all_processes_leaves_the_workers_at_work(backbones: tuple[P
         verify(stopped.last_checkpoint)
 
 
+@pytest.mark.parametrize("twice", [False, True], ids=["bad rows", "second Ctrl-C"])
+def test_a_run_that_fails_ends_with_its_workers(backbones: tuple[Path, Path], tmp_path: Path, twice: bool) -> None:
+    """A process that exits sends its workers SIGTERM and waits for them; and what one of them met is said in its own words."""
+    manifest = corpus(tmp_path / "clips", CLIPS)
+    if not twice:
+        for index in range(5):
+            (tmp_path / "clips" / f"{index}.wav").write_bytes(b"no audio at all")
+        manifest.write_text("no row\n" * 8 + manifest.read_text())
+    config = configuration(backbones, manifest, tmp_path / "run", max_steps=None, epochs=1 if not twice else 1000)
+    config.data.num_workers, config.data.max_bad_rows = 1, 12
+    config.save(tmp_path / "run.yaml")
+    program = """
+import multiprocessing, os, signal, sys
+from transformers import TrainerCallback
+from steermoe import training
+from steermoe_console import main
+class Press(TrainerCallback):
+    def on_step_begin(self, *_, **__):
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+train = training.train
+if "twice" in sys.argv:
+    sys.argv.remove("twice")
+    training.train = lambda *arguments, **settings: train(*arguments, callbacks=[Press()], **settings)
+main()
+"""
+    command = [sys.executable, "-c", program, "train", str(tmp_path / "run.yaml"), *["twice"] * twice]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if twice:
+        assert run.returncode == 130 and run.stderr.endswith("interrupted\n"), run.stderr
+        assert run.stdout and not any(Path(f"/proc/{worker}").exists() for worker in run.stdout.split())
+    else:
+        assert run.returncode == 1 and "Traceback" not in run.stderr
+        assert "error: 5 bad rows, and max_bad_rows allows 4: mend or remove them, or allow more\n" in run.stderr
+
+
 def test_ctrl_c_while_scoring_saves_too(
     backbones: tuple[Path, Path], clips: Path, whole: dict[int, TrainingResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
