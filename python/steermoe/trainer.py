@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,6 +24,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 
 from .data import Corpus, LengthBucketSampler
+from .data.audio import beginning
 from .error_rates import word_errors
 from .evaluation import Evaluation, evaluate, exact_match
 from .router_losses import load_balancing_loss, record_router_logits, router_z_loss, valid_logits
@@ -39,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 LOSS_STATE_NAME = "loss_state"
 ROWS_NAME = "training_rows.json"
+AUDIO = "audio_sha256"
+# Of how many clips, spread over the corpus, the first so many bytes are read to know the audio by: all of it can be terabytes.
+KNOWN_CLIPS, KNOWN_BYTES = 256, 1 << 20
 # The last part of the names of the aligner's parameters, by group.
 GROUPS = {
     "steering": ("steering_vectors", "layer_scales"),
@@ -61,11 +66,18 @@ def freeze_unlearning(aligner: nn.Module, config: TrainingConfig) -> None:
 
 
 def describe_rows(corpus: Corpus) -> dict[str, Any]:
-    """What a run learns from, to be recognised by: the number of its rows, and a SHA-256 over what they say and which sections they are."""
+    """What a run learns from, to be recognised by wherever it lies.
+
+    The number of its rows, a SHA-256 over what they say and which sections they are, and one over the audio: all rows' durations, by
+    which batches are made, and the beginnings of `KNOWN_CLIPS` clips. Of a larger corpus, other clips in place of a few are not noticed.
+    """
     digest = hashlib.sha256()
     for row in corpus:
         digest.update(repr((row.text, row.prompt, row.offset, row.duration, tuple(row.answers))).encode("utf-8", "surrogatepass"))
-    return {"rows": len(corpus), "sha256": digest.hexdigest()}
+    audio = hashlib.sha256(corpus.durations().tobytes())
+    for index in np.linspace(0, len(corpus) - 1, min(len(corpus), KNOWN_CLIPS)).round().astype(int):
+        audio.update(hashlib.sha256(beginning(corpus[index].audio, KNOWN_BYTES)).digest())
+    return {"rows": len(corpus), "sha256": digest.hexdigest(), AUDIO: audio.hexdigest()}
 
 
 class AlignerTrainer(Trainer):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from .model import SteerMoEForConditionalGeneration
 from .processor import SteerMoEProcessor
 from .run_checkpoints import CheckpointError, checkpoints_in, locked, newest_sound, remove_unfinished, step_of, verify
 from .saved_model import read
-from .trainer import LOSS_STATE_NAME, ROWS_NAME, AlignerTrainer
+from .trainer import AUDIO, LOSS_STATE_NAME, ROWS_NAME, AlignerTrainer
 from .training_arguments import runs_on_cpu
 from .training_config import TRAINING_CONFIG_NAME, ModelConfig, TrainingConfig, load_config
 
@@ -53,6 +54,9 @@ RESUMABLE = frozenset(
         "data.normalization",
     }
 )
+# What may be named otherwise: that the content is the same is proved, by fingerprints and files and by the digests of the rows.
+BACKBONES = frozenset({"model.audio_model", "model.text_model", "model.audio_revision", "model.text_revision"})
+ROWS = "data.train"
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,8 @@ def train(
 
     A run that is finished is not trained any further: its result comes back. FileExistsError for an output_dir that another run is writing
     to, or that holds checkpoints which are not of the run to go on with or are later than the one to go on from; CheckpointError for a
-    checkpoint that is damaged (named), made under other settings, with other backbones or other rows, or could not be written in the end;
-    ValueError and TooManyBadRows as in `data.load`.
+    checkpoint that is damaged (named), made under other settings, with other backbones or other rows (those that have only moved are the
+    same), or could not be written in the end; ValueError and TooManyBadRows as in `data.load`.
     """
     if not isinstance(config, TrainingConfig):
         config = load_config(config)
@@ -123,23 +127,26 @@ def _train(
     run = Path(config.training.output_dir)
     checkpoint = _checkpoint_to_resume(run, resume)
     _check_folder(run, checkpoint)
-    if checkpoint is not None:
-        _check_resumable(config, checkpoint, state.num_processes)
-    train_corpus, eval_corpus, log = _corpora(config, state, fresh=checkpoint is None)
+    renamed: frozenset[str] = frozenset() if checkpoint is None else _check_resumable(config, checkpoint, state.num_processes)
+    train_corpus, eval_corpus, log = _corpora(config)
     if model is None:
         model, processor = build(config.model, seed=config.training.seed)
     if checkpoint is not None:
         _check_backbones(model, checkpoint)
-    if state.is_main_process:
-        remove_unfinished(run)
-        config.save(run / TRAINING_CONFIG_NAME)
-    state.wait_for_everyone()
+        if renamed & BACKBONES:
+            _check_processor(processor, checkpoint)
     data = config.data
     collator = Collator(processor, prompt=data.prompt, bad_rows=log, fallback=train_corpus, max_seconds=data.max_seconds)
     trainer = AlignerTrainer(model, processor, config, collator, train_corpus, eval_corpus, callbacks)
     if checkpoint is not None:
         _check_rows(trainer, checkpoint)
         trainer.origin = checkpoint.parent
+    if state.is_main_process:
+        remove_unfinished(run)
+        if checkpoint is None or ROWS in renamed:  # bad rows go by names, and would be counted under both
+            log.path.unlink(missing_ok=True)
+        config.save(run / TRAINING_CONFIG_NAME)
+    state.wait_for_everyone()
     if checkpoint is not None and trainer.is_finished(checkpoint):
         if checkpoint.parent.resolve() != run.resolve():
             raise CheckpointError(f"{checkpoint} is the end of its run: there is nothing to go on with")
@@ -208,15 +215,23 @@ def _checkpoint_to_resume(run: Path, resume: bool | str | os.PathLike[str] | Non
     return checkpoint
 
 
-def _check_resumable(config: TrainingConfig, checkpoint: Path, processes: int) -> None:
-    saved = load_config(checkpoint / TRAINING_CONFIG_NAME)
-    changed = {key: values for key, values in config.differences(saved).items() if key not in RESUMABLE}
+def _check_resumable(config: TrainingConfig, checkpoint: Path, processes: int) -> frozenset[str]:
+    """The settings that differ, and are to be proved to name the same content."""
+    differing = config.differences(load_config(checkpoint / TRAINING_CONFIG_NAME))
+    provable = (BACKBONES if _records_backbones(checkpoint) else frozenset()) | ({ROWS} if AUDIO in _recorded_rows(checkpoint) else set())
+    changed = {key: values for key, values in differing.items() if key not in RESUMABLE | provable}
     if changed:
         listed = "".join(f"\n  {key}: {theirs!r} then, {mine!r} now" for key, (mine, theirs) in changed.items())
         raise CheckpointError(f"{checkpoint} was made under other settings, and would not go on as the run it is of:{listed}")
     made_by = len(list(checkpoint.glob(f"{LOSS_STATE_NAME}_*.pt")))
     if made_by != processes:
         raise CheckpointError(f"{checkpoint} was made by {made_by} processes, and this run has {processes}: start as many")
+    return frozenset(differing) & provable
+
+
+def _records_backbones(checkpoint: Path) -> bool:
+    """Whether the checkpoint records settings of its backbones, too: weights alone do not prove them the same."""
+    return all(fingerprint.settings is not None for fingerprint in read(checkpoint).fingerprints.values())
 
 
 def _check_folder(run: Path, checkpoint: Path | None) -> None:
@@ -259,18 +274,38 @@ def _check_backbones(model: Any, checkpoint: Path) -> None:
             logger.warning("%s does not record the settings of its %s: they are not compared", checkpoint, what)
 
 
-def _check_rows(trainer: AlignerTrainer, checkpoint: Path) -> None:
+def _check_processor(processor: Any, checkpoint: Path) -> None:
+    """The fingerprints say nothing of the tokenizer, its chat template and the feature extractor, which come from the same folders."""
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        for path in sorted(Path(folder).iterdir()):
+            saved = checkpoint / path.name
+            if not saved.is_file() or saved.read_bytes() != path.read_bytes():
+                raise CheckpointError(
+                    f"{checkpoint} was made with another tokenizer or feature extractor than those of this audio_model and text_model: "
+                    f"its {path.name} differs from theirs"
+                )
+
+
+def _recorded_rows(checkpoint: Path) -> dict[str, Any]:
+    """What `describe_rows` said of the rows then; nothing where it was not recorded yet."""
     path = checkpoint / ROWS_NAME
-    if not path.is_file():  # made before rows were recorded
-        return
-    recorded = json.loads(path.read_text(encoding="utf-8"))
-    if recorded != trainer.rows:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _check_rows(trainer: AlignerTrainer, checkpoint: Path) -> None:
+    recorded = _recorded_rows(checkpoint)
+    changed = [name for name, value in recorded.items() if trainer.rows.get(name) != value]
+    if changed:
         then, now = recorded["rows"], trainer.rows["rows"]
-        how = f"{then} rows to learn from then, {now} now" if then != now else f"as many rows as then, {now}, and other ones"
+        if changed == [AUDIO]:
+            how = f"the texts are those of then, and the audio of the {now} rows is other audio"
+        else:
+            how = f"{then} rows to learn from then, {now} now" if then != now else f"as many rows as then, {now}, and other ones"
         raise CheckpointError(f"{checkpoint} was made with another data.train, and would not go on as the run it is of: {how}")
 
 
-def _corpora(config: TrainingConfig, state: PartialState, *, fresh: bool) -> tuple[Corpus, Corpus | None, BadRowLog]:
+def _corpora(config: TrainingConfig) -> tuple[Corpus, Corpus | None, BadRowLog]:
     data = config.data
     train_corpus = load(data.train).for_training(data.max_seconds)
     train_corpus.check_limit(data.max_bad_rows)
@@ -286,9 +321,6 @@ def _corpora(config: TrainingConfig, state: PartialState, *, fresh: bool) -> tup
         if not len(scorable):
             raise ValueError(f"data.eval has no row to score: {'; '.join(map(str, scorable.problems[:3]))}")
     path = Path(config.training.output_dir) / BAD_ROWS_NAME
-    if fresh and state.is_main_process:
-        path.unlink(missing_ok=True)
-    state.wait_for_everyone()
     # Rows that loading left out count towards the limit as those do that turn out bad when they are decoded.
     return train_corpus, eval_corpus, BadRowLog(path, limit=data.max_bad_rows - len(train_corpus.problems))
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from training_runs import configuration, corpus, curve
 from transformers import TrainerCallback
 
-from steermoe.run_checkpoints import CheckpointError, checkpoints_in, locked, verify
+from steermoe.run_checkpoints import CheckpointError, checkpoints_in, locked, seal, staging_folder, verify
 from steermoe.saved_model import WEIGHTS_NAME
 from steermoe.statistics import STATISTICS_NAME
-from steermoe.trainer import AlignerTrainer
+from steermoe.trainer import ROWS_NAME, AlignerTrainer
 from steermoe.training import TrainingResult, train
 from steermoe.training_config import TRAINING_CONFIG_NAME, TrainingConfig
 
@@ -227,6 +227,56 @@ def test_rows_that_changed_are_refused(backbones: tuple[Path, Path], tmp_path: P
             train(config, resume=True)
     clips.write_text("".join(rows))
     assert train(config, resume=True).steps == SETTINGS["max_steps"]
+
+
+def test_corpora_and_backbones_that_moved_are_the_same_ones(
+    backbones: tuple[Path, Path], clips: Path, whole: dict[int, TrainingResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or are named otherwise, as by a relative path. What is not the same there is refused, before anything of the run is touched."""
+    train(configuration(backbones, clips, tmp_path / "run", eval=clips, **SETTINGS), callbacks=[Signal(7)])
+    moved = [Path(shutil.copytree(folder, tmp_path / name)) for folder, name in zip((*backbones, clips.parent), "abc", strict=True)]
+    audio_model, text_model, rows = moved[0], moved[1], moved[2] / clips.name
+    monkeypatch.chdir(tmp_path)
+    config = configuration((audio_model, Path("b")), Path("c") / clips.name, tmp_path / "run", eval=clips, **SETTINGS)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for path, other, words in (
+        (rows, rows.read_bytes().replace(b'"text": "', b'"text": "not ', 1), "as many rows as then, 7, and other ones"),
+        (
+            moved[2] / "3.wav",
+            (moved[2] / "3.wav").read_bytes()[:-2] + b"ab",
+            "texts are those of then, and the audio of the 7 rows is other",
+        ),
+        (
+            text_model / "chat_template.jinja",
+            b"{{ messages }}",
+            "another tokenizer or feature extractor .* its chat_template.jinja differs",
+        ),
+        (audio_model / "config.json", None, "a audio_model of other settings"),
+    ):
+        content = path.read_bytes()
+        path.write_bytes(json.dumps(json.loads(content) | {"activation_function": "relu"}).encode() if other is None else other)
+        with pytest.raises(CheckpointError, match=f"checkpoint-7 was made with .*{words}"):
+            train(config, resume=True)
+        path.write_bytes(content)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    _assert_same_run(train(config, resume=True), whole[1])
+
+
+def test_what_does_not_prove_its_content_is_not_taken_for_the_same(backbones: tuple[Path, Path], tmp_path: Path) -> None:
+    """A checkpoint from before the audio was recorded."""
+    clips = corpus(tmp_path / "clips", CLIPS)
+    train(configuration(backbones, clips, tmp_path / "run", **SETTINGS), callbacks=[Signal(5)])
+    checkpoint = tmp_path / "run" / "checkpoint-5"
+    rows = json.loads((checkpoint / ROWS_NAME).read_text())
+    del rows["audio_sha256"]
+    (checkpoint / ROWS_NAME).write_text(json.dumps(rows))
+    checkpoint.rename(staging_folder(checkpoint))
+    seal(checkpoint)
+    other = clips.rename(clips.with_name("renamed.jsonl"))
+    with pytest.raises(CheckpointError, match=r"other settings(?s:.*)data\.train: '.*clips\.jsonl' then, '.*renamed\.jsonl' now$"):
+        train(configuration(backbones, other, tmp_path / "run", **SETTINGS), resume=True)
+    other.rename(clips)
+    assert train(configuration(backbones, clips, tmp_path / "run", **SETTINGS), resume=True).steps == SETTINGS["max_steps"]
 
 
 def test_a_signal_to_all_processes_leaves_the_workers_at_work(backbones: tuple[Path, Path], tmp_path: Path) -> None:

@@ -279,6 +279,20 @@ def _opened(source: AudioSource) -> Iterator[Any]:
         yield file
 
 
+def beginning(source: AudioSource, size: int) -> bytes:
+    """The first ``size`` bytes of ``source`` as it is stored, by which it is known again; none of what cannot be read."""
+    try:
+        held = source.fetch() if isinstance(source, StoredAudio) else source
+        if isinstance(held, tuple):
+            return np.ascontiguousarray(held[0]).tobytes()[:size]
+        if isinstance(held, bytes):
+            return held[:size]
+        with open(held, "rb") as file:
+            return file.read(size)
+    except OSError:
+        return b""
+
+
 def _size(source: str | os.PathLike[str] | bytes, name: str) -> int:
     if isinstance(source, bytes):
         size = len(source)
