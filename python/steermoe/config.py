@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from .audio_frames import FrameCounts
@@ -59,9 +61,14 @@ class SteerMoEConfig(PretrainedConfig):
             # Any other name is kept, so only what can hardly be one is refused.
             if nearest(name, self.field_names(), alike=0.85):
                 raise TypeError(f"SteerMoEConfig has no field {name!r}{did_you_mean(name, self.field_names())}")
+        named = {"audio_model": audio_model, "text_model": text_model, "audio_revision": audio_revision, "text_revision": text_revision}
+        for name, value in named.items():
+            if value is not None and not isinstance(value, str | os.PathLike):
+                raise ValueError(f"{name} must be a string, got {value!r}")
         _check_number("num_experts", num_experts, whole=True)
-        if top_k is not None:
-            _check_number("top_k", top_k, whole=True)
+        for name, count in (("top_k", top_k), ("audio_token_id", audio_token_id)):
+            if count is not None:
+                _check_number(name, count, whole=True)
         _check_number("steering_scale", steering_scale)
         if not isinstance(renormalize, bool):
             raise ValueError(f"renormalize must be true or false, got {renormalize!r}")
@@ -72,6 +79,9 @@ class SteerMoEConfig(PretrainedConfig):
         if pool is None and pool_size != 1:
             raise ValueError(f"pool None pools nothing, and pool_size must be 1 then, got {pool_size}")
         check_audio_padding(audio_padding)
+        for name in ("dtype", "torch_dtype"):
+            if (dtype := kwargs.get(name)) is not None:
+                _check_dtype(name, dtype)
         self.audio_model = audio_model
         self.text_model = text_model
         self.audio_revision = audio_revision
@@ -108,6 +118,12 @@ def _check_number(name: str, value: Any, *, whole: bool = False) -> None:
     """ValueError for a field of a saved config, or an argument, that is no number: what reads it would not name it."""
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
+
+
+def _check_dtype(name: str, value: Any) -> None:
+    """ValueError for what is neither a dtype nor the name of one: transformers looks it up in torch, and says no more."""
+    if not isinstance(getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype):
+        raise ValueError(f"{name} must be the name of a torch.dtype, as 'float32', got {value!r}")
 
 
 def given_counts(frame_counts: FrameCounts | Mapping[str, Any]) -> FrameCounts:

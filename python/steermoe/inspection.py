@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .run_checkpoints import SEAL, verify
-from .saved_model import CONFIG_NAME, WEIGHTS_NAME
+from .run_checkpoints import CONFIG_NAME, SEAL, verify
+from .saved_model import WEIGHTS_NAME
 from .statistics import STATISTICS_NAME, RouterStatistics, read_statistics
 
 __all__ = ["Inspection", "inspect"]

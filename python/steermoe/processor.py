@@ -19,8 +19,8 @@ from .data.audio import LOUDEST_PEAK, wrong_scale
 from .data.corpus import lone_surrogate
 from .label_loss import IGNORED
 from .loading import BackboneError, first_line, load_encoder_config, load_feature_extractor, load_tokenizer, with_audio_token
-from .run_checkpoints import CheckpointError
-from .saved_model import CONFIG_NAME, PROCESSOR_NAME, check_seal, drop_stale_seal
+from .run_checkpoints import CONFIG_NAME, CheckpointError
+from .saved_model import PROCESSOR_NAME, check_seal, drop_stale_seal
 
 __all__ = ["SteerMoEProcessor"]
 

@@ -1,8 +1,8 @@
 """The checkpoints of a training run, folders that are whole or not there: written aside, sealed, renamed, and checked before they are read.
 
 A checkpoint is a folder ``checkpoint-STEP`` in the run's folder. It is written as ``unfinished-checkpoint-STEP``; `seal` then records every
-file's size and SHA-256 in `SEAL`, forces all of it to the disk, and renames the folder. Whatever happens before the rename, the
-checkpoints that were there are untouched; whatever happens to a file afterwards, `verify` names it.
+file's size and SHA-256 in `SEAL`, and the model's settings, forces all of it to the disk, and renames the folder. Whatever happens before
+the rename, the checkpoints that were there are untouched; whatever happens to a file afterwards, `verify` names it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "CheckpointError",
@@ -25,13 +26,16 @@ __all__ = [
     "remove_old",
     "remove_unfinished",
     "seal",
+    "sealed_settings",
     "staging_folder",
     "step_of",
     "to_disk",
     "verify",
 ]
 
-SEAL, LOCK = "checkpoint.json", ".lock"
+SEAL, LOCK, CONFIG_NAME = "checkpoint.json", ".lock", "config.json"
+# What may be changed in the config of a sealed model: where its backbones lie, and which kernels it is computed by.
+MOVABLE = frozenset({"audio_model", "text_model", "audio_revision", "text_revision", "backend"})
 UNFINISHED, REPLACED = "unfinished-", "replaced-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -65,7 +69,10 @@ def seal(checkpoint: Path) -> None:
     staging = staging_folder(checkpoint)
     files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != SEAL)
     entries = {str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
-    (staging / SEAL).write_text(json.dumps({"step": step_of(checkpoint), "files": entries}, indent=1), encoding="utf-8")
+    content = {"step": step_of(checkpoint), "files": entries}
+    if (staging / CONFIG_NAME).is_file():
+        content["settings"] = sealed_settings(json.loads((staging / CONFIG_NAME).read_text(encoding="utf-8")))
+    (staging / SEAL).write_text(json.dumps(content, indent=1), encoding="utf-8")
     for path in [*files, staging / SEAL, *{path.parent for path in files}, staging]:
         to_disk(path)
     aside = checkpoint.with_name(REPLACED + checkpoint.name)
@@ -80,6 +87,11 @@ def seal(checkpoint: Path) -> None:
         raise
     to_disk(checkpoint.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def sealed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a seal records of a model's config: all but what is `MOVABLE`."""
+    return {key: value for key, value in config.items() if key not in MOVABLE}
 
 
 def verify(checkpoint: str | os.PathLike[str]) -> None:

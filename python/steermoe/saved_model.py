@@ -26,13 +26,13 @@ from transformers.utils import cached_file
 from .config import SteerMoEConfig
 from .fingerprint import Fingerprint
 from .model_card import model_card
-from .run_checkpoints import SEAL, CheckpointError, to_disk
+from .run_checkpoints import CONFIG_NAME, SEAL, CheckpointError, sealed_settings, to_disk
 
 __all__ = ["SavedModel", "check_seal", "drop_stale_seal", "read", "read_weights", "write"]
 
-CONFIG_NAME, WEIGHTS_NAME, FINGERPRINTS_NAME, CARD_NAME = "config.json", "model.safetensors", "fingerprints.json", "README.md"
+WEIGHTS_NAME, FINGERPRINTS_NAME, CARD_NAME = "model.safetensors", "fingerprints.json", "README.md"
 GENERATION_NAME = "generation_config.json"
-PROCESSOR_NAME = "processor_config.json"
+PROCESSOR_NAME, TOKENIZER_NAME = "processor_config.json", "tokenizer.json"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
 
 
@@ -94,7 +94,6 @@ def read(name: str | os.PathLike[str], *, revision: str | None = None, **hub: An
         raise CheckpointError(f"{config_path} is of a {settings.get('model_type')!r} model, not of a 'steermoe' one")
     fingerprints_path = _file(where, FINGERPRINTS_NAME, revision, hub)
     recorded = _json(fingerprints_path)
-    check_seal(Path(fingerprints_path).parent, [FINGERPRINTS_NAME])
     weights = read_weights(weights_path)
     try:
         fingerprints = {kind: Fingerprint.from_dict(recorded[kind]) for kind in ("audio", "text")}
@@ -104,6 +103,7 @@ def read(name: str | os.PathLike[str], *, revision: str | None = None, **hub: An
         config = SteerMoEConfig.from_dict(settings)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{config_path} is damaged: {error}") from error
+    check_seal(Path(config_path).parent, [CONFIG_NAME, FINGERPRINTS_NAME])
     _check_processor(Path(config_path), config)
     return SavedModel(where, config, weights, fingerprints, _generation_config(where, revision, hub))
 
@@ -133,10 +133,14 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def check_seal(folder: Path, names: Iterable[str]) -> None:
-    """CheckpointError, naming the file, for one of ``names`` in ``folder`` that is not what the seal there says, if there is a seal."""
+    """CheckpointError, naming the file, for one of ``names`` in ``folder`` that is not what the seal there says, if there is a seal.
+
+    Of a model's config the settings count, where the seal has them, and not what may be changed.
+    """
     if not (folder / SEAL).is_file():
         return
-    sealed = _json(str(folder / SEAL)).get("files")
+    content = _json(str(folder / SEAL))
+    sealed = content.get("files")
     if not isinstance(sealed, dict):
         raise CheckpointError(f"{folder / SEAL} is damaged: it lists no files")
     for name in names:
@@ -145,8 +149,22 @@ def check_seal(folder: Path, names: Iterable[str]) -> None:
             continue
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, and {SEAL} beside it lists it")
-        if not isinstance(entry, dict) or hashlib.sha256(path.read_bytes()).hexdigest() != entry.get("sha256"):
+        if name == CONFIG_NAME:
+            _check_settings(path, content.get("settings"))
+        elif not isinstance(entry, dict) or hashlib.sha256(path.read_bytes()).hexdigest() != entry.get("sha256"):
             raise CheckpointError(f"{path} is damaged or was changed: its SHA-256 is not the one in {SEAL} beside it")
+
+
+def _check_settings(config_path: Path, sealed: Any) -> None:
+    if sealed is None:  # made before settings were sealed
+        return
+    if not isinstance(sealed, dict):
+        raise CheckpointError(f"{config_path.with_name(SEAL)} is damaged: its settings are no mapping")
+    found = sealed_settings(_json(str(config_path)))
+    for key in sorted({*sealed, *found}):
+        if key not in sealed or key not in found or sealed[key] != found[key]:
+            said, recorded = (repr(values[key]) if key in values else "nothing" for values in (found, sealed))
+            raise CheckpointError(f"{config_path} says {key} {said}, and {SEAL} beside it {recorded}: one of them was altered")
 
 
 def drop_stale_seal(folder: Path, names: Iterable[str]) -> None:
@@ -158,7 +176,15 @@ def drop_stale_seal(folder: Path, names: Iterable[str]) -> None:
 
 
 def _check_processor(config_path: Path, config: SteerMoEConfig) -> None:
-    """CheckpointError where the processor in the same folder makes another number of audio tokens than the model."""
+    """CheckpointError where the processor in the same folder makes other audio tokens, or another number of them, than the model."""
+    tokenizer = config_path.with_name(TOKENIZER_NAME)
+    if tokenizer.is_file() and isinstance(tokens := _json(str(tokenizer)).get("added_tokens"), list):
+        ids = {token.get("content"): token.get("id") for token in tokens if isinstance(token, dict)}
+        mine, known = config.audio_token_id, ids.get(config.audio_token, config.audio_token_id)
+        if known != mine:
+            raise CheckpointError(
+                f"{config_path} says audio_token_id {mine}, and {tokenizer.name} beside it {known}: one of them was altered"
+            )
     beside = config_path.with_name(PROCESSOR_NAME)
     if not beside.is_file():
         return
@@ -195,7 +221,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
         for path in target.iterdir():
             if not (staging / path.name).exists():
                 _link(path, staging / path.name)
-        drop_stale_seal(staging, (WEIGHTS_NAME, FINGERPRINTS_NAME, GENERATION_NAME))
+        drop_stale_seal(staging, (WEIGHTS_NAME, CONFIG_NAME, FINGERPRINTS_NAME, GENERATION_NAME))
         aside = _aside(target)
         os.rename(target, aside)
         try:

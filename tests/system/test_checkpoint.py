@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -257,6 +258,42 @@ def test_what_the_seal_does_not_know_is_refused(sealed: Path) -> None:
         load(sealed)
 
 
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("pool", "mean", "says pool 'mean', and checkpoint.json beside it 'max'"),
+        ("top_k", 1, "says top_k 1, and checkpoint.json beside it 2"),
+        ("renormalize", False, "says renormalize False, and checkpoint.json beside it True"),
+        ("steering_scale", 0.5, "says steering_scale 0.5, and checkpoint.json beside it 1.0"),
+        ("audio_token_id", 3, "says audio_token_id 3, and checkpoint.json beside it 260"),
+        ("extra", 3, "says extra 3, and checkpoint.json beside it nothing"),
+    ],
+)
+def test_an_altered_config_of_a_sealed_model_is_refused(key: str, value: Any, said: str, sealed: Path, tmp_path: Path) -> None:
+    """But for where the backbones lie. Seals from before settings were in them say nothing of the config."""
+    before = json.loads((sealed / "config.json").read_text())
+    (sealed / "config.json").write_text(json.dumps(before | {key: value}))
+    with pytest.raises(CheckpointError, match=rf"{sealed / 'config.json'} {re.escape(said)}: one of them was altered$"):
+        load(sealed)
+    moved = shutil.copytree(before["audio_model"], tmp_path / "moved")
+    (sealed / "config.json").write_text(json.dumps(before | {"audio_model": str(moved), "backend": "reference"}))
+    assert load(sealed).config.audio_model == str(moved)
+    content = json.loads((sealed / SEAL).read_text())
+    del content["settings"]
+    (sealed / SEAL).write_text(json.dumps(content))
+    (sealed / "config.json").write_text(json.dumps(before | {"steering_scale": 0.5}))
+    load(sealed)
+
+
+def test_a_model_saved_over_a_sealed_one_with_other_settings_is_no_longer_sealed(made: Model, sealed: Path) -> None:
+    model = load(sealed)
+    model.save_pretrained(sealed)
+    assert (sealed / SEAL).exists()
+    model.config.top_k = 1
+    model.save_pretrained(sealed)
+    assert not (sealed / SEAL).exists() and load(sealed).config.top_k == 1
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_model_saved_over_a_sealed_one_is_no_longer_sealed(
     in_place: bool, made: Model, sealed: Path, monkeypatch: pytest.MonkeyPatch
@@ -278,6 +315,11 @@ def test_a_model_saved_over_a_sealed_one_is_no_longer_sealed(
         ("steering_scale", "x", "steering_scale must be a number, got 'x'"),
         ("num_experts", 4.5, "num_experts must be a whole number, got 4.5"),
         ("top_k", "2", "top_k must be a whole number, got '2'"),
+        ("audio_token_id", "260", "audio_token_id must be a whole number, got '260'"),
+        ("audio_token_id", 3, "says audio_token_id 3, and tokenizer.json beside it 260: one of them was altered"),
+        ("dtype", "banana", "dtype must be the name of a torch.dtype, as 'float32', got 'banana'"),
+        ("audio_model", 5, "audio_model must be a string, got 5"),
+        ("text_revision", 5, "text_revision must be a string, got 5"),
         ("renormalize", "yes", "renormalize must be true or false, got 'yes'"),
         ("pool_size", 0, "pool_size must be a whole number of at least 1, got 0"),
         ("pool_size", 8, "says pool_size 8, and processor_config.json beside it 3: one of them was altered"),
