@@ -31,7 +31,10 @@ TASKS = ("transcription", "question")
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One row's outcome. ``answers`` is empty but for questions; ``duration`` of the audio and ``seconds`` of processing, in seconds."""
+    """One row's outcome. ``answers`` is empty but for questions; ``duration`` of the audio and ``seconds`` of processing, in seconds.
+
+    ``place`` is the row's among those of the corpus that can be scored.
+    """
 
     id: str
     audio: str
@@ -41,6 +44,7 @@ class Hypothesis:
     duration: float
     seconds: float
     extra: dict[str, Any] = field(default_factory=dict)
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -340,6 +344,7 @@ def _hypotheses(rows: Corpus, requests: Sequence[Request], responses: dict[tuple
                 duration=sum(response.audio_seconds for response in answered),
                 seconds=sum(response.seconds for response in answered),
                 extra=dict(row.extra),
+                place=index,
             )
         )
     return hypotheses

@@ -23,7 +23,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 
-from .data import Corpus, LengthBucketSampler
+from .data import Corpus, LengthBucketSampler, Problem
 from .data.audio import beginning
 from .error_rates import word_errors
 from .evaluation import Evaluation, evaluate, exact_match
@@ -266,16 +266,18 @@ class AlignerTrainer(Trainer):
         """Score the eval corpus by generation, all of it, shared out among the processes."""
         corpus: Any = self.eval_corpus if eval_dataset is None else eval_dataset
         data = self.config.data
+        scorable = corpus.for_scoring()
         # Sharded backbones generate in step or not at all, so there every process scores everything.
-        shared = 1 if self.is_fsdp_enabled or len(corpus) < self.args.world_size else self.args.world_size
-        mine = corpus[self.args.process_index :: shared] if shared > 1 else corpus
+        shared = 1 if self.is_fsdp_enabled or len(scorable) < self.args.world_size else self.args.world_size
+        mine = scorable[self.args.process_index :: shared] if shared > 1 else corpus
         self.interruption.may_raise = self.args.world_size == 1
         try:
             evaluation = evaluate(
                 self._bare,
                 self.processor,
                 mine,
-                task=data.task,
+                # One process's rows need not tell, as the whole corpus does.
+                task=data.task or ("question" if any(row.answers for row in scorable) else "transcription"),
                 prompt=data.prompt,
                 language=data.language,
                 normalization=data.normalization,
@@ -292,7 +294,7 @@ class AlignerTrainer(Trainer):
         finally:
             self.interruption.may_raise = False
         if shared > 1:
-            evaluation = self._gathered(evaluation)
+            evaluation = self._gathered(evaluation, scorable.problems)
         self.last_evaluation = evaluation
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores(evaluation).items()}
         self.log(metrics)
@@ -325,11 +327,16 @@ class AlignerTrainer(Trainer):
         done = any(f"eval_{self.metric}" in entry and entry["step"] == state.global_step for entry in state.log_history)
         return state.global_step % self.args.eval_steps == 0 and not done
 
-    def _gathered(self, mine: Evaluation) -> Evaluation:
-        """The evaluation of the whole corpus from those of all processes' shares."""
+    def _gathered(self, mine: Evaluation, left_out: Sequence[Problem]) -> Evaluation:
+        """The evaluation of the whole corpus from those of all processes' shares, each of which begins its problems with ``left_out``."""
         shares: list[Any] = [None] * self.args.world_size
         torch.distributed.all_gather_object(shares, mine)
-        hypotheses = [row for share in shares for row in share.hypotheses]
+        hypotheses = [
+            dataclasses.replace(row, place=row.place * len(shares) + process)
+            for process, share in enumerate(shares)
+            for row in share.hypotheses
+        ]
+        hypotheses.sort(key=lambda row: row.place)
         data = self.config.data
         texts = [row.hypothesis for row in hypotheses]
         errors = match = None
@@ -340,9 +347,9 @@ class AlignerTrainer(Trainer):
             match = exact_match(texts, answers, data.language, normalization=data.normalization)
         return dataclasses.replace(
             mine,
-            rows=sum(share.rows for share in shares),
+            rows=sum(share.rows - len(left_out) for share in shares) + len(left_out),
             hypotheses=hypotheses,
-            problems=[problem for share in shares for problem in share.problems],
+            problems=[*left_out, *(problem for share in shares for problem in share.problems[len(left_out) :])],
             warnings=[warning for share in shares for warning in share.warnings],
             errors=errors,
             match=match,

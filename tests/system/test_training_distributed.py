@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import socket
@@ -40,11 +41,23 @@ def _rank(rank: int, port: int, config: dict[str, Any], folder: str, resume: boo
     }
     spy = Spy()
     result = train(TrainingConfig.from_dict(config), callbacks=[spy], resume=resume)
-    scores = [row.id + row.hypothesis for row in result.evaluation.hypotheses] if result.evaluation else []
-    saved = {"gradients": spy.gradients, "history": result.history, "hypotheses": scores, "bad_rows": len(result.bad_rows)}
+    scores = _scores(result) if result.evaluation else {}
+    saved = {"gradients": spy.gradients, "history": result.history, "scores": scores, "bad_rows": len(result.bad_rows)}
     torch.save(saved, f"{folder}/rank-{rank}.pt")
     dist.barrier()
     os._exit(0)  # torch 2.13 aborts now and then when gloo is torn down after DDP
+
+
+def _scores(result: TrainingResult) -> dict[str, Any]:
+    """What does not depend on the clock."""
+    evaluation: Any = result.evaluation
+    hypotheses = [(row.place, row.id, row.hypothesis) for row in evaluation.hypotheses]
+    return {
+        "rows": evaluation.rows,
+        "hypotheses": hypotheses,
+        "problems": [*map(str, evaluation.problems)],
+        "wer": evaluation.errors.to_dict(),
+    }
 
 
 def _spawn(config: TrainingConfig, folder: Path, resume: bool = False) -> list[dict[str, Any]]:
@@ -62,6 +75,12 @@ def runs(
     """The two ranks' records, and one process on the same batches. Every clip is met in each epoch, of which the last step is whole."""
     folder = tmp_path_factory.mktemp("runs")
     clips = corpus(folder / "clips", 8, texts=TEXTS)
+    # A row of each kind that cannot be scored: no JSON, no text, no audio.
+    lines = clips.read_text().splitlines()
+    (folder / "clips" / "none.wav").write_bytes(b"no audio at all")
+    bad = (lines[0][:-1], json.dumps({"audio_filepath": "1.wav"}), json.dumps({"audio_filepath": "none.wav", "text": "gone"}))
+    held_out = clips.with_name("held-out.jsonl")
+    held_out.write_text("\n".join([lines[0], *bad, *lines[1:]]))
     settings: dict[str, Any] = {
         "max_steps": STEPS,
         "logging_steps": 1,
@@ -72,8 +91,8 @@ def runs(
         "save_steps": 1,
         "save_total_limit": STEPS,
     }
-    two = configuration((tiny_encoder, tiny_language_model), clips, folder / "two", eval=clips, batch_size=2, **settings)
-    one = configuration((tiny_encoder, tiny_language_model), clips, folder / "one", eval=clips, batch_size=4, **settings)
+    two = configuration((tiny_encoder, tiny_language_model), clips, folder / "two", eval=held_out, batch_size=2, **settings)
+    one = configuration((tiny_encoder, tiny_language_model), clips, folder / "one", eval=held_out, batch_size=4, **settings)
     ranks = _spawn(two, folder)
     spy = Spy()
     return ranks, spy, train(one, callbacks=[spy]), two
@@ -93,12 +112,13 @@ def test_gradients_of_two_processes_are_those_of_one(runs: Any) -> None:
 def test_logs_and_scores_are_of_the_whole(runs: Any) -> None:
     ranks, _, result, _ = runs
     for step, (logged, expected) in enumerate(zip(ranks[0]["history"], result.history, strict=False)):
-        for key in ("loss", "grad_norm", "router_entropy", "router_max_load", "learning_rate_router", "eval_wer"):
+        for key in ("loss", "grad_norm", "router_entropy", "router_max_load", "learning_rate_router", "eval_wer", "eval_bad_rows"):
             assert (key in logged) == (key in expected)
             if key in expected:
                 assert logged[key] == pytest.approx(expected[key], rel=1e-4), (step, key)
-    assert ranks[0]["hypotheses"] == ranks[1]["hypotheses"], "every process has every hypothesis"
-    assert sorted(ranks[0]["hypotheses"]) == sorted(row.id + row.hypothesis for row in result.evaluation.hypotheses)
+    assert ranks[0]["scores"] == ranks[1]["scores"], "every process has every hypothesis"
+    assert ranks[0]["scores"] == _scores(result)
+    assert len(result.evaluation.hypotheses) == 8 and len(result.evaluation.problems) == 3 and result.evaluation.rows == 11
 
 
 def test_a_checkpoint_of_two_processes_is_whole_and_not_for_one(runs: Any) -> None:
