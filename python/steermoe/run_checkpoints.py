@@ -174,7 +174,8 @@ def remove_unfinished(run: Path) -> None:
                 except CheckpointError:
                     pass
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith(UNFINISHED + "checkpoint-"):
+        elif path.name.removeprefix(".").startswith(UNFINISHED + "checkpoint-"):
+            # With a dot, the model's own staging folder of a save that was killed, beside the checkpoint's.
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
+from tiny_models import build
 
+from steermoe import saved_model
 from steermoe.run_checkpoints import (
     SEAL,
     CheckpointError,
@@ -92,6 +95,22 @@ def test_a_failing_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "checkpoint-5" / "model.safetensors").read_text().startswith("first")
     remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_a_process_killed_while_the_model_is_saved_leaves_nothing_for_good(
+    tiny_encoder: Path, tiny_language_model: Path, tmp_path: Path
+) -> None:
+    """Its model has a staging folder of its own beside the checkpoint's."""
+    save(tmp_path, 5)
+    (tmp_path / ".notes").mkdir()
+    model, _ = build(tiny_encoder, tiny_language_model)
+    if (child := os.fork()) == 0:
+        saved_model.model_card = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,return-value]
+        model.save_pretrained(staging_folder(tmp_path / "checkpoint-9"))
+    os.waitpid(child, 0)
+    assert any(path.name.startswith(".unfinished-checkpoint-9.unfinished-") for path in tmp_path.iterdir())
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".notes", "checkpoint-5"]
 
 
 def test_a_replacement_cut_off_between_its_renames_is_put_back(tmp_path: Path) -> None:
