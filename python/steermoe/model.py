@@ -67,12 +67,20 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: SteerMoEConfig, encoder: nn.Module | None = None, language_model: nn.Module | None = None) -> None:
         """``encoder`` and ``language_model``: loaded from where ``config`` says if they are None."""
-        super().__init__(config)
+        self._begin(config)
         audio = load_encoder(_named(config, "audio_model") if encoder is None else encoder, revision=config.audio_revision)
         text = load_language_model(
             _named(config, "text_model") if language_model is None else language_model, revision=config.text_revision
         )
         self._join(audio, text)
+
+    def _begin(self, config: SteerMoEConfig) -> None:
+        """transformers' constructor, kept from the router's ``top_k``: it would take it for sampling's, and warn that it is ignored."""
+        top_k, config.top_k = config.top_k, None
+        try:
+            super().__init__(config)
+        finally:
+            config.top_k = top_k
 
     def _join(self, audio: Backbone, text: Backbone) -> None:
         """Freeze the backbones and put a new aligner between them; record where they are from."""
@@ -162,7 +170,7 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if device is not None:
                 backbone.module.to(device)
         model = cls.__new__(cls)
-        PreTrainedModel.__init__(model, config)
+        model._begin(config)
         model._join(audio, text)
         return model
 

@@ -94,6 +94,18 @@ def test_auto_config(saved: Path) -> None:
     assert type(config).__name__ == "SteerMoEConfig" and (config.pool_size, config.top_k) == (3, 2)
 
 
+def test_the_routers_top_k_is_no_setting_of_generation(saved: Path) -> None:
+    """They share a name: transformers would warn that it may be ignored."""
+    program = """
+import sys
+from steermoe import SteerMoEForConditionalGeneration
+model = SteerMoEForConditionalGeneration.from_pretrained(sys.argv[1])
+print(model.config.top_k, model.aligner.top_k, model.generation_config.top_k)
+"""
+    run = subprocess.run([sys.executable, "-c", program, str(saved)], capture_output=True, text=True, check=True)
+    assert run.stdout == "2 2 None\n" and "top_k" not in run.stderr
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_dtypes(stored: torch.dtype, tiny_encoder: Path, tiny_language_model: Path, tmp_path: Path) -> None:
     """The backbones come back in the dtype they were used in, or another that is asked for, and are known again in any."""
