@@ -201,6 +201,18 @@ def test_a_batch_of_nothing_but_bad_rows_takes_one_from_the_corpus(tmp_path: Pat
     assert len(collator.bad_rows.errors) == 1
 
 
+def test_a_corpus_of_nothing_but_bad_rows_says_why(tmp_path: Path, tiny_encoder: Path, tiny_language_model: Path) -> None:
+    """Here every text is past the language model's context."""
+    processor = SteerMoEProcessor.from_backbones(tiny_encoder, tiny_language_model)
+    processor.tokenizer.model_max_length = 200
+    rows = rows_of(tmp_path, *["x" * 300] * 7, words="one")
+    log = BadRowLog(tmp_path / "bad_rows.jsonl")
+    with pytest.raises(ValueError, match=r"fallback has none that can: .*bad_rows\.jsonl has the 7 bad rows, and begins with\n") as error:
+        Collator(processor, bad_rows=log, fallback=Corpus(rows))(rows[:2])
+    listed = str(error.value).splitlines()[1:]
+    assert len(listed) == 5 and all(f"m:{index}: the chat comes to 3" in line for index, line in enumerate(listed))
+
+
 def test_workers_share_the_log_and_its_limit(tmp_path: Path) -> None:
     good = rows_of(tmp_path, *["one"] * 12)
     corpus = [row if index % 3 else Example(str(tmp_path / f"gone{index}.wav"), "x", where=f"m:{index}") for index, row in enumerate(good)]

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..config import AUDIO_TOKEN
 from .audio import AudioError, Loudness, read_audio, split_at_quiet
-from .corpus import BadRowLog, Example, lone_surrogate
+from .corpus import LISTED, BadRowLog, Example, lone_surrogate
 
 TRANSCRIPTION_PROMPT = "Transcribe the speech."
 
@@ -21,7 +21,7 @@ class Collator:
     that cannot be used (audio as in `load_audio`, no text, a text as in `text_fault`, longer than ``max_seconds``, a prompt as in `chat`,
     and what the processor refuses with a ValueError) is left out of its batch and recorded in ``bad_rows``, which aborts past its limit;
     silent and clipped clips are recorded as warnings and used. A batch of which nothing is left takes a row from ``fallback``, the corpus
-    it comes from: in a distributed run every process has to have a batch.
+    it comes from: in a distributed run every process has to have a batch. ValueError, naming the first bad rows, where that has none, too.
     """
 
     def __init__(
@@ -93,7 +93,12 @@ class Collator:
             prepared = (self._prepare(example) for example in self.fallback)
             self._spare = next((row for row in prepared if row is not None and self._accepted(row)), None)
         if self._spare is None:
-            raise ValueError("no row of the batch can be used, and fallback has none that can")
+            found = self.bad_rows.errors
+            listed = "".join(f"\n  {problem}" for problem in found[:LISTED])
+            raise ValueError(
+                f"no row of the batch can be used, and fallback has none that can: {self.bad_rows.path} has the {len(found)} bad rows, and "
+                f"begins with{listed}"
+            )
         return self._spare
 
 
