@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -57,12 +58,12 @@ class Inspection:
         }
 
     def __rich__(self) -> RenderableType:
-        sizes = Table("part", "parameters", "share", title=self.name, title_justify="left")
+        sizes = Table("part", "parameters", "share", title=Text(self.name), title_justify="left")
         for part, count in self.parameters.items():
             sizes.add_row(part, f"{count:,}", f"{count / self.total:.1%}")
         sizes.add_row("all", f"{self.total:,}", "")
         for what, backbone in self.backbones.items():
-            sizes.add_row(what, backbone, "frozen")
+            sizes.add_row(what, Text(backbone), "frozen")
         experts = self.vector_norms.shape[1]
         load = [f"load {expert}" for expert in range(experts)] if self.usage else []
         layers = Table("layer", "scale", "norm of its vectors", *(["entropy"] if self.usage else []), *load)
@@ -72,7 +73,7 @@ class Inspection:
             if self.usage:
                 row += [f"{self.usage.entropy[layer]:.2f}", *(f"{share:.2f}" for share in self.usage.load[layer].tolist())]
             layers.add_row(*row)
-        note = "" if self.usage else "expert usage: no router statistics lie beside this checkpoint, training writes them"
+        note = "" if self.usage else "expert usage: no router statistics up to here, training writes them every training.logging_steps"
         return Group(sizes, layers, note)
 
     def draw(self, path: str | os.PathLike[str]) -> None:

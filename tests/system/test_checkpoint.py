@@ -17,11 +17,13 @@ import pytest
 import tiny_backbones
 import torch
 import transformers
+from rich.console import Console
 from safetensors import safe_open
 from tiny_models import ALL_CLIPS, MIXED, build
 from torch import nn
 
 from steermoe import SteerMoEForConditionalGeneration, SteerMoEProcessor, saved_model
+from steermoe.inspection import inspect
 from steermoe.loading import BackboneError
 from steermoe.run_checkpoints import SEAL, CheckpointError, seal, staging_folder
 from steermoe_kernels import FusedSteerMoE
@@ -369,6 +371,17 @@ def test_a_processor_without_a_feature_extractor(saved: Path) -> None:
     (saved / "processor_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=rf"^{saved} holds no processor that can be loaded: "):
         SteerMoEProcessor.from_pretrained(saved)
+
+
+def test_inspection_of_a_run_shorter_than_its_logs(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And names are shown as they are: brackets are no markup."""
+    folder = saved.rename(saved.with_name("checkpoint[bold]-5"))
+    config = json.loads((folder / "config.json").read_text()) | {"audio_model": "enc[red]oder"}
+    (folder / "config.json").write_text(json.dumps(config))
+    Console(width=200).print(inspect(folder))
+    shown = capsys.readouterr().out
+    assert "checkpoint[bold]-5" in shown and "enc[red]oder" in shown
+    assert "no router statistics up to here, training writes them every training.logging_steps" in shown
 
 
 # Saving
