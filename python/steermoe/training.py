@@ -57,6 +57,8 @@ RESUMABLE = frozenset(
 # What may be named otherwise: that the content is the same is proved, by fingerprints and files and by the digests of the rows.
 BACKBONES = frozenset({"model.audio_model", "model.text_model", "model.audio_revision", "model.text_revision"})
 ROWS = "data.train"
+# What a tokenizer's file says of where it was found.
+TOKENIZER_CONFIG, FOUND_AT = "tokenizer_config.json", frozenset({"is_local", "local_files_only", "name_or_path"})
 
 
 @dataclass(frozen=True)
@@ -276,15 +278,24 @@ def _check_backbones(model: Any, checkpoint: Path) -> None:
 
 def _check_processor(processor: Any, checkpoint: Path) -> None:
     """The fingerprints say nothing of the tokenizer, its chat template and the feature extractor, which come from the same folders."""
+    # Both as they are written now: another version of transformers may have written the checkpoint's.
+    then, now = _written(SteerMoEProcessor.from_pretrained(checkpoint)), _written(processor)
+    for name in sorted({*then, *now}):
+        if then.get(name) != now.get(name):
+            raise CheckpointError(
+                f"{checkpoint} was made with another tokenizer or feature extractor than those of this audio_model and text_model: "
+                f"its {name} differs from theirs"
+            )
+
+
+def _written(processor: Any) -> dict[str, Any]:
+    """What a processor's files say, by name, but for where its tokenizer was found."""
     with tempfile.TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
-        for path in sorted(Path(folder).iterdir()):
-            saved = checkpoint / path.name
-            if not saved.is_file() or saved.read_bytes() != path.read_bytes():
-                raise CheckpointError(
-                    f"{checkpoint} was made with another tokenizer or feature extractor than those of this audio_model and text_model: "
-                    f"its {path.name} differs from theirs"
-                )
+        contents: dict[str, Any] = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    if (settings := contents.get(TOKENIZER_CONFIG)) is not None:
+        contents[TOKENIZER_CONFIG] = {key: value for key, value in json.loads(settings).items() if key not in FOUND_AT}
+    return contents
 
 
 def _recorded_rows(checkpoint: Path) -> dict[str, Any]:
