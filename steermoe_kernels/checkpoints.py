@@ -122,7 +122,7 @@ def _has_shape(value: Any, shape: tuple[int | str, ...]) -> bool:
 def _kind(tensor: Tensor) -> str:
     """What keeps a tensor's numbers from being copied into a parameter, "" if nothing does."""
     if tensor.layout is not torch.strided:
-        return str(tensor.layout).removeprefix("torch.")
+        return str(tensor.layout).removeprefix("torch.").removeprefix("_")
     kinds = {"nested": tensor.is_nested, "quantized": tensor.is_quantized, "complex": tensor.is_complex(), "meta": tensor.is_meta}
     return next((kind for kind, found in kinds.items() if found), "")
 

@@ -229,9 +229,10 @@ def _make_ready(name: str, linear: nn.Module) -> None:
     Runs the hooks in which torch's pruning, and its older weight_norm and spectral_norm, make the weight anew for each forward.
     """
     if type(linear).forward is not nn.Linear.forward:
+        kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
         raise TypeError(
-            f"{name} must be a torch.nn.Linear, got {type(linear).__name__}, which has a forward of its own: FusedSteerMoE reads the "
-            f"weight and bias of {name} and never calls it (parametrizations, as of torch.nn.utils.parametrize, are read with them)"
+            f"{name} must be a torch.nn.Linear, got {kind}, which has a forward of its own: FusedSteerMoE reads the weight and bias of "
+            f"{name} and never calls it (parametrizations, as of torch.nn.utils.parametrize, are read with them)"
         )
     for hook in linear._forward_pre_hooks.values():
         if type(hook).__module__.startswith("torch.nn.utils."):

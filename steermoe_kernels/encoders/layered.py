@@ -5,12 +5,13 @@ are the list whose members are all of one class and each hold a norm and a Linea
 extractor do not, and two such lists, as of an encoder and a decoder, are an error that names them. So is a list of lists: what runs between
 their members nobody but the encoder knows.
 
-Pooling needs an encoder that runs its last layer once, on (B, T, D), and leaves time alone afterwards. Where that shows only while it runs,
-as with layers used in a loop, the pass ends in an error.
+Pooling needs an encoder that runs its last layer once, on (B, T, D), and leaves time alone afterwards. Where only a pass can tell, as of
+layers used in a loop, the pass ends in an error, unless it is compiled: nobody looks then.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -32,13 +33,23 @@ _LAYERDROPS = ("speech_encoder_layerdrop", "layerdrop", "encoder_layerdrop")  # 
 
 @dataclass(eq=False)
 class Pass:
-    """An encoder that is running, and the frames its last layer has been pooled to, None before it has run."""
+    """A steered encoder that is running, known by its aligner, and the frames that its last layer returned and was pooled to, if it has."""
 
-    encoder: nn.Module
-    frames: int | None = None
+    aligner: weakref.ref[FusedSteerMoE]
+    returned: int = 0
+    pooled: int | None = None
 
 
 _passes: ContextVar[tuple[Pass, ...]] = ContextVar("_passes", default=())  # of this thread, the innermost last
+
+
+def _pass_of(aligner: FusedSteerMoE) -> Pass | None:
+    return next((each for each in reversed(_passes.get()) if each.aligner() is aligner), None)
+
+
+def _end_pass(aligner: FusedSteerMoE) -> None:
+    """Also for one that an interrupt has left behind, and for those whose encoders are gone."""
+    _passes.set(tuple(each for each in _passes.get() if each.aligner() not in (aligner, None)))
 
 
 def takes(encoder: nn.Module) -> bool:
@@ -76,7 +87,7 @@ def steer(
         member.register_forward_hook(SteerAfter(aligner, index, here, pool_size, index == written), prepend=True)
     if pool is not None:
         encoder.register_forward_pre_hook(NeedsEveryLayer(owner))
-        encoder.register_forward_hook(PooledOnce(), always_call=True)
+        encoder.register_forward_hook(PooledOnce(), prepend=True, always_call=True)  # before hooks that change the output
     if isinstance(owner, nn.TransformerEncoder):
         swap(owner, KeepsPadding)
 
@@ -132,14 +143,14 @@ class SteerAfter:
         if self.pool is None:
             return y
         check_stream("the last layer's output", y, rank=3)
-        y = pooled(y, self.pool, self.pool_size)
-        if not torch.compiler.is_compiling() and (passes := _passes.get()):
-            if passes[-1].frames is not None:
+        returned, y = y.shape[1], pooled(y, self.pool, self.pool_size)
+        if not torch.compiler.is_compiling() and (running := _pass_of(self.aligner)) is not None:
+            if running.pooled is not None:
                 raise RuntimeError(
-                    "the last layer has run twice in one pass of the encoder, and pooling belongs after its last run: steer without "
-                    "pooling, and pool what the encoder returns"
+                    "the last layer has run more than once in one pass of the encoder, and pooling is for encoders that run it once, on "
+                    "whole clips: steer without pooling, and pool what the encoder returns"
                 )
-            passes[-1].frames = y.shape[1]
+            running.returned, running.pooled = returned, y.shape[1]
         return y
 
 
@@ -149,11 +160,12 @@ class NeedsEveryLayer:
     def __init__(self, owner: nn.Module) -> None:
         self.owner = owner
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: Any, args: Any) -> None:
         if module.training and (name := self._layerdrop(module)):
             raise RuntimeError(f"pooling after the last layer needs every layer to run: set {name} to 0 to train this encoder")
         if not torch.compiler.is_compiling():
-            _passes.set((*_passes.get(), Pass(module)))
+            _end_pass(module.steering)
+            _passes.set((*_passes.get(), Pass(weakref.ref(module.steering))))
 
     def _layerdrop(self, module: nn.Module) -> str | None:
         """The name of a setting that is not zero: the modules' own, or their configs' where they have none."""
@@ -166,21 +178,23 @@ class NeedsEveryLayer:
 
 
 class PooledOnce:
-    """Forward hook: RuntimeError for an encoder that went on with another length than that to which its last layer was pooled."""
+    """Forward hook: RuntimeError for an encoder that returns its stream in the length that it had before it was pooled, or longer."""
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not (passes := _passes.get()) or passes[-1].encoder is not module:
+    def __call__(self, module: Any, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or (running := _pass_of(module.steering)) is None:
             return
-        _passes.set(passes[:-1])
-        frames = passes[-1].frames
+        _end_pass(module.steering)
+        if running.pooled in (None, running.returned):
+            return
         if isinstance(output, Mapping):
-            output = next(iter(output.values()), None)
-        elif isinstance(output, (tuple, list)):
-            output = output[0] if output else None
-        if frames is not None and isinstance(output, Tensor) and output.dim() == 3 and output.shape[1] > frames:
+            output = tuple(output.values())
+        outputs = output if isinstance(output, (tuple, list)) else (output,)
+        width = module.steering.feature_dim
+        streams = [each for each in outputs if isinstance(each, Tensor) and each.dim() == 3 and each.shape[-1] == width]
+        if streams and all(stream.shape[1] >= running.returned for stream in streams):
             raise RuntimeError(
-                f"{type(module).__name__} returned {output.shape[1]} frames after its last layer was pooled to {frames}: what comes after "
-                "the layers depends on the length before; steer without pooling, and pool what the encoder returns"
+                f"{type(module).__name__} returned {streams[0].shape[1]} frames after its last layer was pooled to {running.pooled}: what "
+                "comes after the layers depends on the length before; steer without pooling, and pool what the encoder returns"
             )
 
 
@@ -202,7 +216,7 @@ def _find_layers(encoder: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
             "steermoe_kernels/encoders"
         )
     owner, members = next(iter(chosen.values()))
-    if any(isinstance(member, (nn.ModuleList, nn.ModuleDict)) for member in members):
+    if any(type(member).forward is nn.Module.forward for member in members):
         raise ValueError(
             f"the layers of {type(encoder).__name__} are lists of modules, and what happens between those only its forward knows: pass a "
             "part of it whose list holds the layers themselves, or give it a module of its own in steermoe_kernels/encoders"
@@ -248,8 +262,13 @@ def _check_one_width(encoder: nn.Module, members: list[nn.Module]) -> None:
 
 
 def _is_time_first(layer: nn.Module) -> bool:
-    """Whether the layer's frames are (T, B, D), as torch's attention takes them by default."""
-    return any(isinstance(part, nn.MultiheadAttention) and not part.batch_first for part in layer.modules())
+    """Whether the layer's frames are (T, B, D), as torch's attention and layers take them by default.
+
+    Attention deeper inside may have its frames transposed on the way to it.
+    """
+    attention = [part for part in layer.children() if isinstance(part, nn.MultiheadAttention)]
+    attention += [part.self_attn for part in layer.modules() if isinstance(part, nn.TransformerEncoderLayer)]
+    return any(not part.batch_first for part in attention)
 
 
 def _norm_widths(layer: nn.Module) -> set[int]:

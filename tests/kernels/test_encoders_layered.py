@@ -15,7 +15,7 @@ from encoder_oracle import Results, assert_same, differentiate, draw_aligner, fu
 from torch import Tensor, nn
 
 from steermoe_kernels import FusedSteerMoE, reference, steer_encoder, unsteer_encoder
-from steermoe_kernels.encoders import describe_encoder
+from steermoe_kernels.encoders import describe_encoder, layered
 
 WIDTH, LAYERS, EXPERTS = 12, 3, 5
 
@@ -390,7 +390,7 @@ class Widening(Stack):
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [(Looped, "the last layer has run twice"), (Widening, "Widening returned 11 frames after its last layer was pooled to 6")],
+    [(Looped, "the last layer has run more than once"), (Widening, "Widening returned 11 frames after its last layer was pooled to 6")],
 )
 def test_what_pooling_does_not_fit_shows_when_it_runs(kind: type[Stack], said: str) -> None:
     encoder, h = kind(Block(), Block()), frames(2, 11, WIDTH).float()
@@ -407,12 +407,74 @@ def test_what_pooling_does_not_fit_shows_when_it_runs(kind: type[Stack], said: s
     assert encoder(h).shape == h.shape
 
 
-def test_a_pass_that_fails_leaves_nothing_behind() -> None:
+class Returning(Stack):
+    """``shape`` says what of its input and its stream it returns."""
+
+    def __init__(self, shape: Any) -> None:
+        super().__init__(Block(), Block())
+        self.shape = shape
+
+    def forward(self, h: Tensor) -> Any:
+        return self.shape(h, super().forward(h))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda h, y: (y.transpose(1, 2), torch.tensor([11, 11])),
+        lambda h, y: {"features": h, "out": y},
+        lambda h, y: torch.cat([y.mean(1, keepdim=True), y], 1),
+        lambda h, y: y[:, ::2],
+    ],
+    ids=["channels first", "input beside it", "a summary in front", "strided"],
+)
+def test_what_encoders_may_return_beside_or_of_a_pooled_stream(shape: Any) -> None:
+    encoder = Returning(shape)
+    encoder.register_forward_hook(lambda module, args, output: None)
+    steer_encoder(encoder, FusedSteerMoE.for_encoder(encoder), pool="max", pool_size=4)
+    encoder(frames(2, 11, WIDTH).float())
+
+
+def test_a_hook_may_give_a_pooled_stream_its_length_back() -> None:
+    encoder, h = Stack(Block(), Block()), frames(2, 12, WIDTH).float()
+    encoder.register_forward_hook(lambda module, args, output: output.repeat_interleave(4, 1))
+    steer_encoder(encoder, FusedSteerMoE.for_encoder(encoder), pool="max", pool_size=4)
+    assert encoder(h).shape == h.shape
+
+
+class Transposing(nn.Module):
+    """Attention by (T, B, D) inside a layer whose frames are (B, T, D)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(WIDTH, 2)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h.transpose(0, 1)
+        return self.inner(h, h, h)[0].transpose(0, 1)
+
+
+def test_attention_that_transposes_for_itself_is_pooled() -> None:
+    encoder = Stack(*(nn.Sequential(nn.LayerNorm(WIDTH), Transposing()) for _ in range(2)))
+    steer_encoder(encoder, FusedSteerMoE.for_encoder(encoder), pool="max", pool_size=4)
+    assert encoder(frames(2, 11, WIDTH).float()).shape == (2, 3, WIDTH)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_pass_that_ends_early_leaves_the_next_one_alone(error: type[BaseException]) -> None:
     encoder, h = Stack(Block(), Block()), frames(2, 11, WIDTH).float()
     steer_encoder(encoder, FusedSteerMoE.for_encoder(encoder), pool="max", pool_size=2)
-    with pytest.raises(RuntimeError, match="normalized_shape"):
-        encoder(frames(2, 11, 7).float())
-    assert encoder(h).shape[1] == 6 and encoder.layers[1](h).shape[1] == 6
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    failing = encoder.norm.register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        encoder(h)
+    failing.remove()
+    if error is not KeyboardInterrupt:  # to which torch gives no hook
+        assert layered._passes.get() == ()
+    assert encoder(h).shape[1] == 6 and layered._passes.get() == ()
 
 
 def test_streams_without_clips_are_not_pooled() -> None:
@@ -515,6 +577,19 @@ def test_a_list_of_lists() -> None:
     for call in (FusedSteerMoE.for_encoder, lambda encoder: steer_encoder(encoder, FusedSteerMoE(WIDTH, 4, 2))):
         with pytest.raises(ValueError, match="the layers of Stack are lists of modules"):
             call(encoder)
+
+
+class Calls(nn.ModuleList):
+    def forward(self, h: Tensor) -> Tensor:
+        for member in self:
+            h = member(h)
+        return h
+
+
+def test_a_list_that_can_be_called_is_a_layer() -> None:
+    encoder = Stack(Calls([nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)]))
+    steer_encoder(encoder, FusedSteerMoE(WIDTH, 4, 1))
+    assert encoder(frames(2, 11, WIDTH).float()).shape == (2, 11, WIDTH)
 
 
 def test_an_aligner_on_several_devices() -> None:
