@@ -273,7 +273,7 @@ def _opened(source: AudioSource) -> Iterator[Any]:
         if _wav_is_cut_off(held, size, file.format):
             raise AudioError(f"{name} is cut off: its header declares more than the {size} bytes that are there")
         if _ogg_is_cut_off(held, size, file.format):
-            raise AudioError(f"{name} is cut off: its last page is not the end of a stream")
+            raise AudioError(f"{name} is cut off: its last page is not whole")
         if file.frames == 0:
             raise AudioError(f"{name} is empty or cut off: it has a header and no samples")
         yield file
@@ -325,9 +325,10 @@ def _wav_is_cut_off(source: str | os.PathLike[str] | bytes, size: int, kind: str
 
 
 def _ogg_is_cut_off(source: str | os.PathLike[str] | bytes, size: int, kind: str) -> bool:
-    """Whether the last page is not one that ends a stream: libsndfile takes the pages there are of an Ogg file without a word.
+    """Whether the last whole page ends no stream and something follows it: libsndfile takes the whole pages without a word.
 
-    Looked for from the end, as whatever follows it is passed over.
+    Looked for from the end, as what follows the end of a stream is passed over. A file that ends with a page, as a recorder that was
+    stopped leaves it, is taken for whole.
     """
     if kind != "OGG":
         return False
@@ -339,14 +340,14 @@ def _ogg_is_cut_off(source: str | os.PathLike[str] | bytes, size: int, kind: str
             tail = file.read(span)
             at = tail.rfind(b"OggS")
             while at >= 0:
-                if (flags := _ogg_flags(tail[at : at + OGG_PAGE_BYTES])) is not None:
-                    return not flags & OGG_END_OF_STREAM
+                if (page := _ogg_page(tail[at : at + OGG_PAGE_BYTES])) is not None:
+                    return not page[5] & OGG_END_OF_STREAM and at + len(page) < span
                 at = tail.rfind(b"OggS", 0, at)
     return False
 
 
-def _ogg_flags(data: bytes) -> int | None:
-    """The header type of the Ogg page that ``data`` begins with; None if it is not a whole one, as its checksum tells."""
+def _ogg_page(data: bytes) -> bytes | None:
+    """The Ogg page that ``data`` begins with; None if it is not a whole one, as its checksum tells. Its header type is byte 5."""
     if len(data) < 27:
         return None
     sizes = data[27 : 27 + data[26]]
@@ -357,7 +358,7 @@ def _ogg_flags(data: bytes) -> int | None:
     # The checksum, its own field 0, is CRC-32's polynomial from the highest bit down and from 0: zlib's, of mirrored bits and complemented.
     checked = page[:22] + bytes(4) + page[26:]
     found = zlib.crc32(checked.translate(MIRRORED), 0xFFFF_FFFF) ^ 0xFFFF_FFFF
-    return page[5] if int(f"{found:032b}"[::-1], 2) == int.from_bytes(page[22:26], "little") else None
+    return page if int(f"{found:032b}"[::-1], 2) == int.from_bytes(page[22:26], "little") else None
 
 
 def _raw(source: str | os.PathLike[str] | bytes) -> BinaryIO:
