@@ -20,6 +20,7 @@ from typing import Any
 
 __all__ = [
     "CheckpointError",
+    "check_settings",
     "checkpoints_in",
     "locked",
     "newest_sound",
@@ -94,13 +95,28 @@ def sealed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in MOVABLE}
 
 
+def check_settings(config: Path, sealed: Any) -> None:
+    """CheckpointError, naming the setting, for a model's config that does not say what its seal recorded of it."""
+    try:
+        found = sealed_settings(json.loads(config.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{config} is damaged: {error}") from error
+    if not isinstance(sealed, dict):
+        raise CheckpointError(f"{config.with_name(SEAL)} is damaged: its settings are no mapping")
+    for key in sorted({*sealed, *found}):
+        if key not in sealed or key not in found or sealed[key] != found[key]:
+            said, recorded = (repr(values[key]) if key in values else "nothing" for values in (found, sealed))
+            raise CheckpointError(f"{config} says {key} {said}, and {SEAL} beside it {recorded}: one of them was altered")
+
+
 def verify(checkpoint: str | os.PathLike[str]) -> None:
     """CheckpointError, naming the first file that is missing, cut off or altered, or saying that the folder was never finished."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint at {folder}")
     try:
-        entries = json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"]
+        content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        entries, settings = content["files"], content.get("settings")
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint of a training run, or was never finished: it has no {SEAL}") from None
     except (ValueError, KeyError, TypeError):
@@ -109,6 +125,9 @@ def verify(checkpoint: str | os.PathLike[str]) -> None:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
+        if name == CONFIG_NAME and settings is not None:
+            check_settings(path, settings)
+            continue
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{path} has {size} bytes, and {entry['bytes']} were written: it was cut off or changed")

@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 from .config import SteerMoEConfig
 from .fingerprint import Fingerprint
 from .model_card import model_card
-from .run_checkpoints import CONFIG_NAME, SEAL, CheckpointError, sealed_settings, to_disk
+from .run_checkpoints import CONFIG_NAME, SEAL, CheckpointError, check_settings, to_disk
 
 __all__ = ["SavedModel", "check_seal", "drop_stale_seal", "read", "read_weights", "write"]
 
@@ -150,21 +150,10 @@ def check_seal(folder: Path, names: Iterable[str]) -> None:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, and {SEAL} beside it lists it")
         if name == CONFIG_NAME:
-            _check_settings(path, content.get("settings"))
+            if (settings := content.get("settings")) is not None:  # else made before settings were sealed
+                check_settings(path, settings)
         elif not isinstance(entry, dict) or hashlib.sha256(path.read_bytes()).hexdigest() != entry.get("sha256"):
             raise CheckpointError(f"{path} is damaged or was changed: its SHA-256 is not the one in {SEAL} beside it")
-
-
-def _check_settings(config_path: Path, sealed: Any) -> None:
-    if sealed is None:  # made before settings were sealed
-        return
-    if not isinstance(sealed, dict):
-        raise CheckpointError(f"{config_path.with_name(SEAL)} is damaged: its settings are no mapping")
-    found = sealed_settings(_json(str(config_path)))
-    for key in sorted({*sealed, *found}):
-        if key not in sealed or key not in found or sealed[key] != found[key]:
-            said, recorded = (repr(values[key]) if key in values else "nothing" for values in (found, sealed))
-            raise CheckpointError(f"{config_path} says {key} {said}, and {SEAL} beside it {recorded}: one of them was altered")
 
 
 def drop_stale_seal(folder: Path, names: Iterable[str]) -> None:

@@ -25,7 +25,7 @@ from torch import nn
 from steermoe import SteerMoEForConditionalGeneration, SteerMoEProcessor, saved_model
 from steermoe.inspection import inspect
 from steermoe.loading import BackboneError
-from steermoe.run_checkpoints import SEAL, CheckpointError, seal, staging_folder
+from steermoe.run_checkpoints import SEAL, CheckpointError, seal, staging_folder, verify
 from steermoe_kernels import FusedSteerMoE
 
 Model = tuple[Any, Any]
@@ -292,6 +292,10 @@ def test_an_altered_config_of_a_sealed_model_is_refused(key: str, value: Any, sa
     moved = shutil.copytree(before["audio_model"], tmp_path / "moved")
     (sealed / "config.json").write_text(json.dumps(before | {"audio_model": str(moved), "backend": "reference"}))
     assert load(sealed).config.audio_model == str(moved)
+    verify(sealed)
+    (sealed / "config.json").write_text(json.dumps(before | {key: value}))
+    with pytest.raises(CheckpointError, match=rf"{re.escape(said)}: one of them was altered$"):
+        verify(sealed)
     content = json.loads((sealed / SEAL).read_text())
     del content["settings"]
     (sealed / SEAL).write_text(json.dumps(content))
