@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,13 +133,13 @@ def answer_limit(generation: Mapping[str, Any]) -> int:
         raise ValueError(f"max_length counts the prompt and its audio, got {length}: give max_new_tokens, which counts the answer alone")
     if limit is None:
         limit = MAX_NEW_TOKENS
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+    if isinstance(limit, bool) or not hasattr(limit, "__index__") or operator.index(limit) < 1:
         raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {limit!r}")
     if (texts := _setting("num_return_sequences", generation)) not in (None, 1):
         raise ValueError(f"num_return_sequences must be 1, as one text a clip is returned, got {texts}")
     if _setting("return_dict_in_generate", generation):
         raise ValueError("return_dict_in_generate must be false, as one text a clip is returned")
-    return limit
+    return operator.index(limit)
 
 
 def _setting(name: str, generation: Mapping[str, Any], model: Any = None) -> Any:

@@ -392,7 +392,7 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """New tokens (B, up to max_new_tokens), without the prompt's. ``kwargs`` are those of transformers' ``generate``.
 
-        ``repetition_penalty`` is for tokens that repeat new ones, not the prompt's; in sampling it comes after ``top_k`` and ``top_p``.
+        ``repetition_penalty`` is for tokens that repeat new ones, not the prompt's.
         ``min_length`` counts a row's prompt without padding, ``max_length``, as transformers does, with it.
 
         The batch must be padded on the left, as the processor pads prompts without answers: ValueError otherwise. Without

@@ -28,6 +28,10 @@ __all__ = ["app", "main"]
 SAID = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, MemoryError)
 
 
+# The libraries of the extra `system` that commands import.
+EXTRA = ("accelerate", "datasets", "jiwer", "matplotlib", "safetensors", "soundfile", "soxr", "tensorboard", "whisper", "yaml")
+
+
 class _Commands(TyperGroup):
     """Says that Ctrl-C ended a command, which Typer does not. Training says more itself, and leaves without an exception."""
 
@@ -98,7 +102,7 @@ def main() -> None:
 
 def _said(error: BaseException) -> str:
     """The error's words; with the file's name where the operating system raised it, and with what brings a library that is missing."""
-    if isinstance(error, ModuleNotFoundError) and str(error) == f"No module named '{error.name}'":
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRA:
         return f"{error.name} is not installed, and the extra `system` brings it: pip install 'steermoe-kernels[system]'"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

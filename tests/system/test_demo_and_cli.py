@@ -344,6 +344,9 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, cap
     assert ended(monkeypatch, error, "ask", "a.wav", "what?", "-c", tmp_path) == 1
     said = "error: accelerate is not installed, and the extra `system` brings it: pip install 'steermoe-kernels[system]'\n"
     assert capsys.readouterr().err == said
+    error = ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed")
+    assert ended(monkeypatch, error, "ask", "a.wav", "what?", "-c", tmp_path) == 1
+    assert capsys.readouterr().err == "error: No module named 'deepspeed'\n"
 
 
 def test_ctrl_c_in_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

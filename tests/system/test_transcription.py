@@ -110,7 +110,7 @@ def test_a_generation_config_is_gone_by(tiny_encoder: Path, tiny_language_model:
     transcript = transcribe(model, processor, tmp_path / "a.wav", generation_config=config)
     assert transcript.warnings == ("cut off (the text of 1 of 1 segments, the first at 0.0 s, had not ended after 5 tokens)",)
     ask(model, processor, tmp_path / "a.wav", "What?", generation_config=transformers.GenerationConfig(max_new_tokens=6))
-    transcribe(model, processor, tmp_path / "a.wav", generation_config=config, max_new_tokens=3, do_sample=False)
+    transcribe(model, processor, tmp_path / "a.wav", generation_config=config, max_new_tokens=np.int64(3), do_sample=False)
     rows = Corpus([Example(str(tmp_path / "a.wav"), "yes", id="1")], name="asked")
     evaluate(model, processor, rows, generation_config=config)
     assert asked == [(5, 5, True), (6, 6, False), (3, 3, False), (5, 5, True)]
@@ -122,6 +122,7 @@ def test_a_generation_config_is_gone_by(tiny_encoder: Path, tiny_language_model:
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
         ({"max_new_tokens": -1}, "max_new_tokens must be a whole number of at least 1, got -1"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number of at least 1, got True"),
         ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number of at least 1, got 2.5"),
         ({"num_beams": 2, "num_return_sequences": 2}, "num_return_sequences must be 1, as one text a clip is returned, got 2"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate must be false, as one text a clip is returned"),
