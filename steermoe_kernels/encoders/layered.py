@@ -48,7 +48,7 @@ def _pass_of(aligner: FusedSteerMoE) -> Pass | None:
 
 
 def _end_pass(aligner: FusedSteerMoE) -> None:
-    """Also for one that an interrupt has left behind, and for those whose encoders are gone."""
+    """Forgets the passes under this aligner, one that an interrupt has left behind among them, and those whose encoders are gone."""
     _passes.set(tuple(each for each in _passes.get() if each.aligner() not in (aligner, None)))
 
 
