@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -10,8 +11,10 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -43,9 +46,21 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[demonstration.DemoR
     return demonstration.run(folder, minutes=0.01, training_clips=96, per_voice=1), folder
 
 
-def steermoe(*arguments: object, **settings: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "steermoe.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"COLUMNS": "200"}, **settings)  # type: ignore[call-overload]
+def steermoe(*arguments: object) -> subprocess.CompletedProcess:
+    """The command line in this process, which has imported what takes a new one seconds."""
+    said, errors = io.StringIO(), io.StringIO()
+    with (
+        patch.object(sys, "argv", ["steermoe", *map(str, arguments)]),
+        patch.dict(os.environ, COLUMNS="200"),
+        redirect_stdout(said),
+        redirect_stderr(errors),
+    ):
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as leaving:
+            status = int(leaving.code or 0)
+    return subprocess.CompletedProcess(arguments, status, said.getvalue(), errors.getvalue())
 
 
 # --- the demo -----------------------------------------------------------------------------------------------------------------------------
@@ -253,7 +268,8 @@ def test_scores_survive_a_file_that_cannot_be_written(
 
 def test_verify_finds_a_single_flipped_bit(shown: tuple[demonstration.DemoResult, Path], tmp_path: Path) -> None:
     result, _ = shown
-    run = steermoe("verify", result.steered.checkpoint)
+    alone = [sys.executable, "-m", "steermoe.cli", "verify", str(result.steered.checkpoint)]
+    run = subprocess.run(alone, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0 and "untouched" in run.stdout, run.stdout + run.stderr
     corrupted = tmp_path / "language_model"
     corrupted.mkdir()
@@ -323,9 +339,12 @@ def test_data_check_lists_what_is_wrong(tmp_path: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_bad_input_is_one_sentence(arguments: tuple[str, ...], status: int, words: str, tmp_path: Path) -> None:
+def test_bad_input_is_one_sentence(
+    arguments: tuple[str, ...], status: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "afile").touch()
-    run = steermoe(*arguments, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = steermoe(*arguments)
     assert run.returncode == status, run.stdout + run.stderr
     assert words in run.stderr and "Traceback" not in run.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["afile"]
