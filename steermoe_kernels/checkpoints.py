@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import not_dense
+
 __all__ = ["aligner_state", "check_fits", "read", "sizes"]
 
 _STEERING = ("steering_vectors", "layer_scales", "router.weight", "router.bias")
@@ -121,9 +123,9 @@ def _has_shape(value: Any, shape: tuple[int | str, ...]) -> bool:
 
 def _kind(tensor: Tensor) -> str:
     """What keeps a tensor's numbers from being copied into a parameter, "" if nothing does."""
-    if tensor.layout is not torch.strided:
-        return str(tensor.layout).removeprefix("torch.").removeprefix("_")
-    kinds = {"nested": tensor.is_nested, "quantized": tensor.is_quantized, "complex": tensor.is_complex(), "meta": tensor.is_meta}
+    if kind := not_dense(tensor):
+        return kind
+    kinds = {"quantized": tensor.is_quantized, "complex": tensor.is_complex(), "meta": tensor.is_meta}
     return next((kind for kind, found in kinds.items() if found), "")
 
 

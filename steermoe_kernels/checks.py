@@ -27,6 +27,7 @@ __all__ = [
     "check_top_k",
     "check_weight",
     "check_width",
+    "not_dense",
 ]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -77,8 +78,7 @@ def check_renormalize(renormalize: bool) -> None:
 def check_scale(scale: Tensor | float, dtype: torch.dtype) -> Tensor | float:
     """A tensor as it is, a number as a float. TypeError for anything else, ValueError for a number that is not finite in ``dtype``."""
     if isinstance(scale, Tensor):
-        if _layout(scale):
-            raise TypeError(f"scale must be a dense tensor, got a {_layout(scale)} one")
+        _check_dense("scale", scale)
         return scale
     if not _is_number(scale):
         raise TypeError(f"scale must be a tensor of one element or a number, got {scale!r}")
@@ -117,12 +117,9 @@ def check_layer(layer: int, num_layers: int) -> None:
 
 def check_stream(name: str, h: Tensor, rank: int | None = None) -> None:
     """TypeError unless ``h`` is a floating tensor; ValueError unless it has ``rank`` dimensions (at least one for None)."""
-    if not isinstance(h, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(h).__name__}")
+    _check_dense(name, h)
     if h.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {_dtype(h)}")
-    if _layout(h):
-        raise TypeError(f"{name} must be a dense tensor, got a {_layout(h)} one")
     if rank is not None and h.dim() != rank:
         raise ValueError(f"{name} must be (batch, time, width) to be pooled over time, got shape {tuple(h.shape)}")
     if h.dim() == 0:
@@ -138,10 +135,7 @@ def check_width(name: str, h: Tensor, width: int) -> None:
 
 def check_weight(weight: Tensor, x: Tensor) -> None:
     """TypeError unless it is a dense tensor; ValueError unless it has two dimensions."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
-    if _layout(weight):
-        raise TypeError(f"weight must be a dense tensor, got a {_layout(weight)} one")
+    _check_dense("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight must be a tensor of shape (E, {x.shape[-1]}), got {tuple(weight.shape)}")
 
@@ -190,10 +184,7 @@ def check_projection(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int | str, ...]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if _layout(tensor):
-        raise TypeError(f"{name} must be a dense tensor, got a {_layout(tensor)} one")
+    _check_dense(name, tensor)
     if tensor.shape == shape and tensor.dtype in _DTYPES and tensor.device == x.device:
         return
     if tensor.dtype not in _DTYPES:
@@ -206,7 +197,14 @@ def _check_parameter(name: str, tensor: Tensor, x: Tensor, shape: tuple[int | st
         raise ValueError(f"{name} must be on the stream's device {x.device}, got {tensor.device}")
 
 
-def _layout(tensor: Tensor) -> str:
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if kind := not_dense(tensor):
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
+
+
+def not_dense(tensor: Tensor) -> str:
     """What a tensor is where it is not dense, else nothing."""
     if tensor.is_nested:
         return "nested"

@@ -77,13 +77,17 @@ def _unframed(tensor: Tensor, lead: torch.Size) -> Tensor:
 # --- forward ----------------------------------------------------------------------------------------------------------------------------
 
 
+def _check_inputs(tensors: Sequence[Any], pool: str) -> None:
+    check_tensors(*tensors)
+    if pool:
+        check_stream("x", tensors[0], rank=3)
+
+
 def _results_like(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised results: the fake of ``steer``, and its answer where there is no frame to steer, so that nothing is in them."""
     *tensors, norm, eps, pool, pool_size, top_k, renormalize, _ = arguments
-    check_tensors(*tensors)
+    _check_inputs(tensors, pool)
     x, _, weight, *_ = tensors
-    if pool:
-        check_stream("x", x, rank=3)
     return forward_results(x, Options(norm, eps, pool, pool_size, top_k, renormalize, weight.shape[0]))
 
 
@@ -104,10 +108,8 @@ def steer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``steermoe::steer`` without its dispatcher and without autograd."""
     tensors = (x, residual, weight, bias, vectors, scale, norm_weight, norm_bias)
-    check_tensors(*tensors)
     options = options_of(weight.shape[0], *settings[:-1])
-    if options.pool:
-        check_stream("x", x, rank=3)
+    _check_inputs(tensors, options.pool)
     module = select_backend(settings[-1], x.device, x.dtype, _shape(x, weight), options)
     if x.numel() == 0:
         return _results_like(*tensors, *settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel, RepetitionPenaltyLogitsProcessor
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from steermoe_kernels import FusedSteerMoE, steer_encoder
@@ -23,6 +22,7 @@ from .config import SteerMoEConfig, check_arguments, given_counts
 from .fingerprint import Fingerprint
 from .label_loss import IGNORED, chunked_cross_entropy
 from .loading import Backbone, cast, freeze, load_encoder, load_language_model, load_tokenizer
+from .logits_processors import with_unpadded_processors
 from .run_checkpoints import CheckpointError
 
 __all__ = ["SteerMoEForConditionalGeneration", "SteerMoEOutput"]
@@ -409,44 +409,8 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs["pad_token_id"] = end[0] if isinstance(end, (list, tuple)) else end
         if "generation_config" not in kwargs and self.generation_config is not self.language_model.generation_config:
             kwargs["generation_config"] = self.generation_config  # another one was assigned
-        settings = self._with_unpadded_processors(attention_mask, kwargs)
+        settings = with_unpadded_processors(kwargs, self.language_model.generation_config, attention_mask)
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **settings)
-
-    def _with_unpadded_processors(self, attention_mask: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
-        """``settings`` with the penalty on repetition and the least length as processors of logits to which padding is nothing.
-
-        transformers' own take a row's padding for tokens: the penalty passes over as many of the new ones, which are all there are where a
-        prompt is given as embeddings, and the least length counts it.
-        """
-        config = settings.get("generation_config")
-
-        def setting(name: str) -> Any:
-            # In transformers' order: of the call, of the config given with it, of the language model's.
-            if name in settings:
-                return settings[name]
-            of_call = getattr(config, name, None)
-            return of_call if of_call is not None else getattr(self.language_model.generation_config, name, None)
-
-        given = settings.get("logits_processor") or []
-        processors: list[LogitsProcessor] = []
-        neutral: dict[str, Any] = {}
-        penalty, least, ends = setting("repetition_penalty"), setting("min_length"), setting("eos_token_id")
-        # One that is given stands, as in transformers, for the setting.
-        if penalty not in (None, 1.0) and not any(isinstance(processor, RepetitionPenaltyLogitsProcessor) for processor in given):
-            processors.append(RepetitionPenaltyLogitsProcessor(penalty))
-            neutral["repetition_penalty"] = 1.0
-        if least and ends is not None and setting("min_new_tokens") is None:
-            processors.append(_LeastTokens(least - attention_mask.sum(1), ends))
-            neutral["min_length"] = 0
-        if not neutral:
-            return settings
-        settings = {name: value for name, value in settings.items() if name not in neutral}
-        if config is None:
-            settings |= neutral
-        else:
-            settings["generation_config"] = copy.deepcopy(config)
-            settings["generation_config"].update(**neutral)
-        return settings | {"logits_processor": LogitsProcessorList([*processors, *given])}
 
     def _mask_of(self, input_ids: Tensor, settings: Mapping[str, Any]) -> Tensor:
         """(B, S): 0 for the pad tokens that rows begin with."""
@@ -563,19 +527,6 @@ class SteerMoEForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if saved.generation_config is not None:
             model.generation_config = model.language_model.generation_config = saved.generation_config
         return model
-
-
-class _LeastTokens(LogitsProcessor):
-    """Keeps each row, or each of its beams, from ending before it has its number ``least`` (B,) of new tokens."""
-
-    def __init__(self, least: Tensor, ends: int | list[int]) -> None:
-        self._least = least
-        self._ends = ends
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        least = self._least.to(scores.device).repeat_interleave(scores.shape[0] // self._least.shape[0])
-        ends = torch.isin(torch.arange(scores.shape[-1], device=scores.device), torch.as_tensor(self._ends, device=scores.device))
-        return scores.masked_fill((input_ids.shape[1] < least)[:, None] & ends, -torch.inf)
 
 
 def _named(config: SteerMoEConfig, field: str) -> str:
