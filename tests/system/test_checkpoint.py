@@ -285,7 +285,8 @@ def test_what_the_seal_does_not_know_is_refused(sealed: Path) -> None:
 )
 def test_an_altered_config_of_a_sealed_model_is_refused(key: str, value: Any, said: str, sealed: Path, tmp_path: Path) -> None:
     """But for where the backbones lie. Seals from before settings were in them say nothing of the config."""
-    before = json.loads((sealed / "config.json").read_text())
+    text = (sealed / "config.json").read_text()
+    before = json.loads(text)
     (sealed / "config.json").write_text(json.dumps(before | {key: value}))
     with pytest.raises(CheckpointError, match=rf"{sealed / 'config.json'} {re.escape(said)}: one of them was altered$"):
         load(sealed)
@@ -299,8 +300,12 @@ def test_an_altered_config_of_a_sealed_model_is_refused(key: str, value: Any, sa
     content = json.loads((sealed / SEAL).read_text())
     del content["settings"]
     (sealed / SEAL).write_text(json.dumps(content))
+    (sealed / "config.json").write_text(text)
+    verify(sealed)
     (sealed / "config.json").write_text(json.dumps(before | {"steering_scale": 0.5}))
     load(sealed)
+    with pytest.raises(CheckpointError, match="cut off or changed"):
+        verify(sealed)
 
 
 def test_a_model_saved_over_a_sealed_one_with_other_settings_is_no_longer_sealed(made: Model, sealed: Path) -> None:

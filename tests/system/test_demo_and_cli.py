@@ -380,7 +380,10 @@ import signal, sys
 class Interrupter:
     def find_spec(self, name, *_):
         if name == "{library}":
-            signal.raise_signal(signal.SIGINT)
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                pass  # as libraries do that try out what can be imported
 sys.meta_path.insert(0, Interrupter())
 sys.argv = ["steermoe", "inspect", "nowhere"]
 from steermoe_console import main
