@@ -66,6 +66,30 @@ SMALL = [
     P(num_experts=8, norm="rms", wanted=("bias", "norm_weight")),
 ]
 
+# Many experts in whole blocks of columns, and frames that fill no last block: the processor's matrix unit in bfloat16.
+MATRIX_UNIT = [
+    P(frames=193, width=64, num_experts=8),
+    P(frames=223, width=128, num_experts=16, norm="layer"),
+    P(frames=200, width=192, num_experts=17, top_k=3, renormalize=False),
+    P(batch=3, frames=101, width=256, num_experts=64, norm="layer", residual=True),
+    P(batch=2, frames=150, width=128, num_experts=33, norm="rms", pool="mean", pool_size=4, residual=True),
+    P(batch=2, frames=150, width=64, num_experts=40, norm="layer", pool="max", pool_size=3, bias=False),
+    P(frames=300, width=64, num_experts=32, norm="layer", incoming=("normed",)),
+    P(frames=300, width=64, num_experts=32, incoming=("gates",)),
+    P(frames=300, width=64, num_experts=32, wanted=("x",)),
+    P(frames=300, width=64, num_experts=32, wanted=("vectors",)),
+    P(frames=300, width=64, num_experts=32, wanted=("scale",)),
+    P(frames=300, width=64, num_experts=32, wanted=("weight",)),
+]
+
+# Wide rows in whole blocks: dot products by turns with the mix, a last turn that is shorter, and experts too many to part a row.
+BY_TURNS = [
+    P(frames=50, width=832, num_experts=8),
+    P(frames=13, width=768, num_experts=7, top_k=2),
+    P(batch=2, frames=90, width=1088, num_experts=16, norm="layer", pool="mean", pool_size=4),
+    P(frames=31, width=832, num_experts=17, norm="rms"),
+]
+
 # The sizes at which blocks, tails and partial sums show; for kernels that run at full speed.
 LARGE = [
     P(frames=1499, width=384, num_experts=8),
@@ -83,19 +107,7 @@ LARGE = [
     P(frames=50, width=1280, num_experts=128, top_k=2),
     P(frames=50, width=1280, num_experts=7, top_k=6, norm="rms", norm_weight=False),
     P(frames=1, width=1280, num_experts=1, norm="layer"),
-    # Many experts in whole blocks of columns, and frames that fill no last block: the processor's matrix unit in bfloat16.
-    P(frames=193, width=64, num_experts=8),
-    P(frames=223, width=128, num_experts=16, norm="layer"),
-    P(frames=200, width=192, num_experts=17, top_k=3, renormalize=False),
-    P(batch=3, frames=101, width=256, num_experts=64, norm="layer", residual=True),
-    P(batch=2, frames=150, width=128, num_experts=33, norm="rms", pool="mean", pool_size=4, residual=True),
-    P(batch=2, frames=150, width=64, num_experts=40, norm="layer", pool="max", pool_size=3, bias=False),
-    P(frames=300, width=64, num_experts=32, norm="layer", incoming=("normed",)),
-    P(frames=300, width=64, num_experts=32, incoming=("gates",)),
-    P(frames=300, width=64, num_experts=32, wanted=("x",)),
-    P(frames=300, width=64, num_experts=32, wanted=("vectors",)),
-    P(frames=300, width=64, num_experts=32, wanted=("scale",)),
-    P(frames=300, width=64, num_experts=32, wanted=("weight",)),
+    *MATRIX_UNIT,
     # Eight experts in whole blocks of columns: their backward in strips, of rows that are left over, and what has no stream's gradient.
     P(frames=2, width=64, num_experts=8),
     P(frames=77, width=128, num_experts=8, top_k=2, norm="rms", residual=True, float32_parameters=True),
@@ -104,11 +116,7 @@ LARGE = [
     P(frames=77, width=128, num_experts=8, incoming=("gates",)),
     P(frames=77, width=128, num_experts=8, wanted=("x", "vectors")),
     P(frames=77, width=128, num_experts=8, wanted=("weight", "vectors")),
-    # Wide rows in whole blocks: dot products by turns with the mix, a last turn that is shorter, and experts too many to part a row.
-    P(frames=50, width=832, num_experts=8),
-    P(frames=13, width=768, num_experts=7, top_k=2),
-    P(batch=2, frames=90, width=1088, num_experts=16, norm="layer", pool="mean", pool_size=4),
-    P(frames=31, width=832, num_experts=17, norm="rms"),
+    *BY_TURNS,
     # More tiles than a GPU has room for at once: each block takes several, and copies one while it computes another.
     P(frames=9001, width=40, num_experts=7, top_k=2, norm="layer", residual=True),
     P(batch=2, frames=6001, width=40, num_experts=20, norm="rms", pool="mean", pool_size=3),
