@@ -25,15 +25,14 @@ def wants_cpu() -> bool:
 
 def wants_cuda() -> bool:
     wish = os.environ.get("STEERMOE_CUDA")
-    sources = any((ROOT / "csrc" / "cuda").glob("*.cu"))
     if wish == "0":
         return False
+    if wish == "1" and not wants_cpu():
+        sys.exit("error: STEERMOE_CUDA=1 with STEERMOE_CPU=0, which leaves all compiled kernels out: set one of the two")
     nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc")) is not None
-    if wish == "1" and not sources:
-        sys.exit("error: STEERMOE_CUDA=1, but this release has no CUDA sources: leave it unset, and use backend='triton'")
     if wish == "1" and not nvcc:
         sys.exit("error: STEERMOE_CUDA=1, but nvcc is not on the PATH: install the CUDA toolkit, or leave it unset")
-    return sources and nvcc
+    return nvcc and wants_cpu()
 
 
 def check_compiler() -> None:
@@ -92,7 +91,7 @@ class CMakeBuild(build_ext):
             sys.exit(f"error: building the compiled kernels failed ({' '.join(error.cmd[:2])}): its errors stand above; {fewer}")
 
 
-MODULES = ["_cpu", *(["_cuda"] if wants_cuda() else [])] if wants_cpu() else []
+MODULES = ["_cpu"] * wants_cpu() + ["_cuda"] * wants_cuda()
 
 setup(
     ext_modules=[Extension(f"steermoe_kernels.{module}", sources=[]) for module in MODULES],

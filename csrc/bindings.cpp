@@ -13,6 +13,7 @@
 #include "cpu/parallel.h"
 #include "eager.h"
 #include "problem_binding.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
@@ -21,9 +22,8 @@ namespace {
 using steer::Address, steer::pointer;
 
 // PyTorch takes a stream's memory from the C library, fresh.
-void expect_stream(const steer::Problem& p, void* result, std::int64_t frames) {
-  constexpr std::int64_t kWidths[] = {4, 2, 2, 8};
-  steer::cpu::prefer_huge_pages(result, frames * p.width * kWidths[static_cast<int>(p.stream)]);
+void prefer_huge_pages(const steer::Problem& p, void* stream, std::int64_t frames) {
+  steer::cpu::prefer_huge_pages(stream, frames * p.width * steer::bytes_of(p.stream));
 }
 
 const steer::cpu::Kernels& kernels(const std::string& level) {
@@ -52,8 +52,8 @@ PYBIND11_MODULE(_cpu, module) {
         const Forward call{problem,         pointer(x),     pointer(residual), pointer(y),
                            pointer(normed), pointer(gates), pointer(probs),    pointer(stats)};
         py::gil_scoped_release release;
-        expect_stream(problem, call.y, problem.frames());
-        expect_stream(problem, call.normed, problem.batch * problem.pooled);
+        prefer_huge_pages(problem, call.y, problem.frames());
+        prefer_huge_pages(problem, call.normed, problem.batch * problem.pooled);
         kernels(level).forward(call, threads);
       },
       py::arg("problem"), py::arg("x"), py::arg("residual"), py::arg("y"), py::arg("normed"), py::arg("gates"), py::arg("probs"),
@@ -79,7 +79,7 @@ PYBIND11_MODULE(_cpu, module) {
                             pointer(results[5]),
                             pointer(results[6])};
         py::gil_scoped_release release;
-        expect_stream(problem, call.du, problem.frames());
+        prefer_huge_pages(problem, call.du, problem.frames());
         kernels(level).backward(call, threads);
       },
       py::arg("problem"), py::arg("dy"), py::arg("dnormed"), py::arg("dgates"), py::arg("y"), py::arg("gates"), py::arg("probs"),

@@ -125,7 +125,7 @@ class Direct {
                                 Function<&Direct::backward, 12>::make("direct_backward", state));
         },
         "The functions forward and backward of such passes.", py::arg("norm"), py::arg("eps"), py::arg("pool"), py::arg("pool_size"),
-        py::arg("top_k"), py::arg("renormalize"), py::arg("experts"), py::arg("automatic"));
+        py::arg("top_k"), py::arg("renormalize"), py::arg("num_experts"), py::arg("automatic"));
   }
 
  private:

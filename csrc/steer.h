@@ -10,6 +10,7 @@ namespace steer {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 enum class Norm : int { kNone = 0, kLayer = 1, kRms = 2 };
+// Another kind of pool has to be told wherever kMax and kMean stand; see CONTRIBUTING.md.
 enum class Pool : int { kNone = 0, kMax = 1, kMean = 2 };
 
 // A parameter in whatever type it is stored; kernels read it as it is.

@@ -96,9 +96,9 @@ def direct_way(module: ModuleType, options: Options, automatic: bool) -> DirectW
     """The compiled ``module``'s, None where this torch does not show its tensors to compiled code, or STEERMOE_DIRECT is 0."""
     if os.environ.get("STEERMOE_DIRECT") == "0" or not module.connect_tensors(Tensor, torch.nn.Parameter):
         return None
-    norm, pool = _NORMS[options.norm], _POOLS[options.pool]
-    way = module.direct_way(norm, options.eps, pool, options.pool_size, options.top_k, options.renormalize, options.num_experts, automatic)
-    return DirectWay(*way)
+    # By name: an option that the compiled code does not know is an error, not one that eager calls alone pass over.
+    settings = vars(options) | {"norm": _NORMS[options.norm], "pool": _POOLS[options.pool]}
+    return DirectWay(*module.direct_way(**settings, automatic=automatic))
 
 
 def eager(

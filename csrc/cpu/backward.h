@@ -316,7 +316,7 @@ class BackwardPass {
       norm_backward(clip * p_.pooled + t / p_.pool_size, pooled_, nullptr, dp_);
     }
     for (std::int64_t c = 0; c < p_.width; ++c) {
-      const C share = p_.pool == Pool::kMean ? dp_[c] / C(frames) : (argmax_[c] == at ? dp_[c] : C(0));
+      const C share = p_.pool == Pool::kMax ? (argmax_[c] == at ? dp_[c] : C(0)) : dp_[c] / C(frames);
       scratch[c] = share + (dy == nullptr ? C(0) : static_cast<C>(widen(dy[c])));
     }
     return scratch;
@@ -330,7 +330,7 @@ class BackwardPass {
     for (std::int64_t f = 1; f < frames; ++f)
       for (std::int64_t c = 0; c < p_.width; ++c) {
         const C value = static_cast<C>(widen(y[f * p_.width + c]));
-        if (p_.pool == Pool::kMean) {
+        if (p_.pool != Pool::kMax) {
           pooled_[c] += value;
         } else if (value > pooled_[c] || value != value) {
           pooled_[c] = value;

@@ -3,8 +3,8 @@
 #include "../direct.h"
 #include "cuda.h"
 
-#if !defined(STEER_DEVICE)
-#define STEER_DEVICE steer::Device::kCuda
+#if !defined(STEER_TENSORS_DEVICE)
+#define STEER_TENSORS_DEVICE steer::Device::kCuda
 #endif
 
 namespace py = pybind11;
@@ -22,7 +22,7 @@ class Runner {
   // Torch's allocator fills memory by itself where it is asked to.
   Runner(py::handle tensor, const TensorView& stream) : tensor_(tensor), device_(stream.device) {}
 
-  bool takes(const Problem& p) { return device_.type == STEER_DEVICE && p.stream != DType::kFloat64 && current_stream(device_, stream_); }
+  bool takes(const Problem& p) { return device_.type == STEER_TENSORS_DEVICE && p.stream != DType::kFloat64 && current_stream(device_, stream_); }
 
   py::object make(DType dtype, const Shape& shape, void*& data) const { return allocate_tensor(tensor_, dtype, shape, data); }
 

@@ -2,7 +2,9 @@
 
 A backend is a module (or package) in this folder; a module without ``steer_forward`` is none. Importing it must not need a library that may
 be missing: ``unavailable`` is the place to look for it. `backends/reference.py` is all of this in plain PyTorch, to start from; every check
-there is runs on a new backend by itself: ``python -m steermoe_kernels``, and ``pytest tests/kernels -k NAME``. It defines
+there is runs on a new backend by itself: ``python -m steermoe_kernels``, and ``pytest tests/kernels -k NAME``. Both use tensors on the CPU if
+the backend takes them there, else on a CUDA device; for any other device, `__main__` and tests/kernels/problems.py have to learn of it. A
+backend defines
 
 ``unavailable() -> str | None``
     None if it can run on this machine, else the reason in one sentence. Must not compile, tune or initialise a driver.
@@ -29,8 +31,8 @@ there is runs on a new backend by itself: ``python -m steermoe_kernels``, and ``
     STEERMOE_BACKEND may name another backend. The object has ``forward(x, residual, weight, bias, vectors, scale, norm_weight,
     norm_bias)``, with results like `steer_forward`'s but of shape (..., D) and (..., E) for ``x`` (..., D), and None instead of those of
     size 0; and ``backward`` from ``dy`` to ``norm_weight``, and ``needs``, as in `steer_backward`. Both answer with tuples, and are kept
-    for later calls. Their arguments are whatever the caller gave, not checked by anybody: where they are not as they should be, or not
-    worth it, the answer is None, and the call goes its usual way.
+    for later calls. Their arguments are whatever the caller gave, not checked by anybody. They return None to decline arguments, unsuitable
+    ones or such as are not worth it, and the call goes its usual way.
 
 Of equal logits the first expert is selected, as after rounding: products that underflow tie with zero, and experts with equal rows tie. A
 NaN counts as the largest logit, so that it is never steered past in silence.

@@ -8,6 +8,8 @@ Kinds of encoder are modules in this folder, one each, found by what they define
 ``layers(encoder) -> list[nn.Module]``
     The layers after which the stream is steered, in order. ValueError if they cannot be told. Changes nothing: `describe_encoder` asks,
     too.
+``width(encoder) -> int``
+    Optional: the stream's width D, where `layered.width_of` does not find it in the encoder's config or its layers' norms, or finds another.
 ``steer(encoder, aligner, pool, pool_size) -> None``
     Everything has been checked, and ``aligner`` is ``encoder.steering`` already. Exchanges the classes of modules for `stream.Steered`
     ones (`class_swap.swap`) or registers hooks of classes defined in this folder; `unsteer_encoder` undoes both without being told, and
@@ -78,7 +80,7 @@ def steer_encoder(encoder: nn.Module, aligner: FusedSteerMoE, *, pool: str | Non
     layers = kind.layers(encoder)
     if not layers:
         raise ValueError(f"{type(encoder).__name__} has no layers to steer")
-    _check_fits(encoder, layers, aligner)
+    _check_fits(encoder, layers, _width(kind, encoder, layers), aligner)
     encoder.add_module("steering", aligner)
     encoder.__dict__[_MARK] = True
     try:
@@ -121,10 +123,11 @@ def describe_encoder(encoder: nn.Module) -> EncoderShape:
     TypeError for anything but a module; ValueError where the layers or their width cannot be told.
     """
     _check_module(encoder)
-    layers = _kind(encoder).layers(encoder)
+    kind = _kind(encoder)
+    layers = kind.layers(encoder)
     if not layers:
         raise ValueError(f"{type(encoder).__name__} has no layers to steer")
-    width = width_of(encoder, layers)
+    width = _width(kind, encoder, layers)
     if width is None:
         raise ValueError(
             f"the width of {type(encoder).__name__} cannot be told from its config or its layers' norms: give feature_dim to FusedSteerMoE"
@@ -145,11 +148,15 @@ def _check_module(encoder: nn.Module) -> None:
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 
 
-def _check_fits(encoder: nn.Module, layers: list[nn.Module], aligner: FusedSteerMoE) -> None:
+def _width(kind: ModuleType, encoder: nn.Module, layers: list[nn.Module]) -> int | None:
+    """None where it cannot be told."""
+    return kind.width(encoder) if hasattr(kind, "width") else width_of(encoder, layers)
+
+
+def _check_fits(encoder: nn.Module, layers: list[nn.Module], width: int | None, aligner: FusedSteerMoE) -> None:
     name = type(encoder).__name__
     if aligner.num_layers != len(layers):
         raise ValueError(f"{name} has {len(layers)} layers, the aligner has {aligner.num_layers}")
-    width = width_of(encoder, layers)
     if width is not None and aligner.feature_dim != width:
         raise ValueError(f"{name} has width {width}, the aligner has {aligner.feature_dim}")
     device = aligner.steering_vectors.device

@@ -77,7 +77,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Device:
     includes = [f"-I{path}" for path in (EMULATOR, SOURCES, pybind11.get_include(), sysconfig.get_paths()["include"])]
     # Fibers jump between stacks, which fortified jumps refuse; products and sums are rounded where the kernels say.
     flags = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-DSTEER_MODULE=_cuda_emulated"]
-    flags.append("-DSTEER_DEVICE=steer::Device::kCpu")  # its tensors are the CPU's
+    flags.append("-DSTEER_TENSORS_DEVICE=steer::Device::kCpu")  # its tensors are the CPU's
     bindings = [SOURCES / "bindings.cpp", SOURCES / "direct.cpp", SOURCES.parent / "tensors.cpp"]
     sources = [*sorted(SOURCES.glob("*.cu")), *bindings, EMULATOR / "emulator.cpp"]
 

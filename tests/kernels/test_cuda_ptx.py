@@ -55,7 +55,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Interpreted:
 
     assert NVCC is not None
     folder = tmp_path_factory.mktemp("ptx")
-    module = ["-DSTEER_MODULE=_cuda_interpreted", "-DSTEER_DEVICE=steer::Device::kCpu"]  # its tensors are the CPU's
+    module = ["-DSTEER_MODULE=_cuda_interpreted", "-DSTEER_TENSORS_DEVICE=steer::Device::kCpu"]  # its tensors are the CPU's
     includes = [f"-I{path}" for path in (SOURCES, EMULATOR, pybind11.get_include(), sysconfig.get_paths()["include"])]
     # Both architectures' PTX is the same. ptxas is not asked, and CUDA's runtime is left out. The host's code is as it is in the package.
     kernels = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-gencode=arch=compute_80,code=compute_80"]

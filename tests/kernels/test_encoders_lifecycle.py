@@ -347,6 +347,8 @@ def takes(encoder): return type(encoder).__name__ == "Chain"
 
 def layers(encoder): return [encoder.first, encoder.second]
 
+def width(encoder): return encoder.first.norm.normalized_shape[0]
+
 def steer(encoder, aligner, pool, pool_size):
     layered.steer(encoder, aligner, pool, pool_size, members=layers(encoder))
 """
@@ -354,6 +356,7 @@ def steer(encoder, aligner, pool, pool_size):
 
 def test_a_kind_is_one_file(drop_in: Callable[..., None]) -> None:
     encoder, h = Chain(), torch.randn(2, 7, WIDTH)
+    encoder.config = {"d_model": WIDTH + 1}  # of something else
     with pytest.raises(ValueError, match="Chain has no layers to steer"):
         describe_encoder(encoder)
     drop_in(encoders, encoders._kinds, CHAIN)
