@@ -35,7 +35,7 @@ bool is_true(const py::object& answer) {
   return truth == 1;
 }
 
-// Of settings, in type as well: 1 is no True.
+// Whether two settings are equal in value and in type: 1 is not True.
 bool is_same(py::handle one, py::handle other) {
   if (one.is(other)) return true;
   const bool plain = PyUnicode_CheckExact(one.ptr()) || PyLong_CheckExact(one.ptr()) || PyFloat_CheckExact(one.ptr());
@@ -113,7 +113,7 @@ py::object differentiate(Eager& eager, PyObject* const* arguments) {
   const auto [context, saved, dy, dnormed, dgates] = unpack<5>(arguments);
   const py::object way = attribute(context, eager.way), wanted = attribute(context, eager.needs_input_grad);
   const auto wants = [&](std::size_t input) { return PyTuple_GET_ITEM(wanted.ptr(), input) == Py_True; };
-  // From nothing, nothing; and where nothing comes back through the norm, zeros for its parameters.
+  // Without an incoming gradient there is none to return; without one through the norm, its parameters' are zeros. Not here.
   const bool through_norm = !dnormed.is_none(), nothing = !through_norm && dy.is_none() && dgates.is_none();
   const py::handle backward = PyTuple_GET_ITEM(way.ptr(), 1);
   if (backward.is_none() || nothing || (!through_norm && (wants(6) || wants(7)))) return py::none();

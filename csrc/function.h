@@ -1,5 +1,5 @@
-// Functions for Python by CPython's own convention. Pybind11's way to a function is a long one: out of cold caches it takes a third of the
-// time of a short call.
+// Functions for Python by CPython's own calling convention: pybind11's is slow, compared with a short call, when its code is not in a
+// cache.
 #pragma once
 
 #include <pybind11/pybind11.h>

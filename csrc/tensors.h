@@ -36,7 +36,7 @@ struct TensorView {
   Shape copy_shape() const { return Shape(shape, shape + rank); }
 };
 
-// Gets to know torch, by torch.Tensor and torch.nn.Parameter. False if this torch has no such exchange.
+// Registers torch's two tensor types. False if this torch has no such exchange.
 bool connect_tensors(pybind11::handle tensor_type, pybind11::handle parameter_type);
 
 // Looks at an object. False unless it is a tensor, or a parameter, that is what TensorView says, not of a subclass, and not a view that

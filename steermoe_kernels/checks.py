@@ -223,7 +223,7 @@ def _finite(name: str, value: Any, dtype: torch.dtype) -> float:
 
 
 def _is_number(value: Any) -> bool:
-    """NumPy's numbers are some, bools are none."""
+    """Whether it is a real number; NumPy's are, bools are not."""
     return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
 
 

@@ -42,7 +42,7 @@ def problem(
     """The compiled ``module``'s ``Problem`` for a stream (B, T, D) and the parameters of its pass."""
     batch, time, width = stream.shape
     pool_size = options.pool_size if options.pool else 1
-    return module.Problem(  # by position: names would double the time of the call
+    return module.Problem(  # by position, which is faster than by name
         (batch, time, -(-time // pool_size), width, options.num_experts, options.top_k, pool_size),
         options.renormalize,
         _NORMS[options.norm],

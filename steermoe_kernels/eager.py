@@ -1,7 +1,7 @@
 """Eager calls of ``steermoe::steer``, past torch's dispatcher where nobody looks.
 
-A Python operator's way through the dispatcher and back takes longer than a short clip's frames do. It is gone only where it serves
-somebody (`watchers.py`). There are two shorter ones: `steer_directly`, from the caller's tensors to results inside a backend's compiled
+A Python operator's way through the dispatcher and back takes longer than a short clip's frames do. It is taken only where
+something observes the call (`watchers.py`). There are two shorter ones: `steer_directly`, from the caller's tensors to results inside a backend's compiled
 module, with csrc/eager.cpp to remember which; and, where that declines, `steer`, to the backend by way of Python.
 """
 
@@ -62,7 +62,7 @@ def steer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def steer_directly(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor] | None:
-    """``y`` (..., D), ``normed`` and gates (..., E) by the backend's own direct way, where it has one and everything is as it likes it.
+    """``y`` (..., D), ``normed`` and gates (..., E) by the backend's own direct way, if it has one and accepts the arguments.
 
     None asks for the long way, with its checks. Arguments: the tensors of `functional.steer_norm`, and one tuple of norm, eps, rms, pool,
     pool_size, top_k, renormalize and backend, all of them as the caller gave them.

@@ -111,7 +111,10 @@ class FusedSteerMoE(nn.Module):
         return super().load_state_dict(state, strict=strict, assign=assign)
 
     def layer_parameters(self) -> list[LayerParameters]:
-        """Every layer's slices, cut once: their gradients are stacked once, instead of L zero-padded ones being added up."""
+        """Every layer's W (E, D), b (E,), V (E, D) and s (), cut once: their gradients are stacked, where slices' are L zero-padded sums.
+
+        TypeError where the router cannot be read.
+        """
         router = self.router
         _make_ready("router", router)
         try:
@@ -124,7 +127,7 @@ class FusedSteerMoE(nn.Module):
         return [LayerParameters(*layer) for layer in slices]
 
     def layer(self, layer: int) -> LayerParameters:
-        """The slices of one layer. IndexError if there is no such layer."""
+        """W (E, D), b (E,), V (E, D) and s () of one layer. IndexError if there is none, TypeError where the router cannot be read."""
         check_layer(layer, self.num_layers)
         router, rows = self.router, slice(layer * self.num_experts, (layer + 1) * self.num_experts)
         _make_ready("router", router)
@@ -135,7 +138,11 @@ class FusedSteerMoE(nn.Module):
             raise
 
     def forward(self, h: Tensor, layer: int = 0, *, return_gates: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Steer ``h`` (..., D) with the experts of ``layer``; with ``return_gates`` also the gates (..., E)."""
+        """Steer ``h`` (..., D) with the experts of ``layer``: ``y = h + s (g V)`` in ``h``'s shape and dtype.
+
+        With ``return_gates`` also ``g`` (..., E), float32 (float64 of a float64 stream). IndexError if there is no such layer; dtypes and
+        other errors as `functional.steer`.
+        """
         check_width("h", h, self.feature_dim)
         y, gates = SF.steer(h, *self.layer(layer), top_k=self.top_k, renormalize=self.renormalize, backend=self.backend)
         self.record(layer, gates)
@@ -180,7 +187,10 @@ class FusedSteerMoE(nn.Module):
         return y, normed
 
     def project(self, h: Tensor) -> Tensor:
-        """Project pooled, normalised frames (..., D) to the language model's width (..., output_dim). ValueError without a projection."""
+        """``q = n P^T + c``: pooled, normalised frames (..., D) to the language model's width (..., output_dim), in their dtype.
+
+        ValueError without a projection, TypeError where it cannot be read; else as `functional.project`.
+        """
         proj = self.prompt_proj
         if proj is None:
             raise ValueError("this aligner has no projection: give output_dim when making it")

@@ -79,7 +79,10 @@ def pool_frames(y: Tensor, kind: str, size: int) -> Tensor:
 
 
 def normalize(p: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, rms: bool = False) -> Tensor:
-    """LayerNorm, or RMSNorm with ``rms``, over the last dimension (population variance, as in ``torch.nn.LayerNorm``)."""
+    """LayerNorm, or RMSNorm with ``rms``, over the last dimension: (..., D) -> (..., D), ``weight`` and ``bias`` (D,) or None.
+
+    ``n = weight (p - mean) / sqrt(var + eps) + bias``, the population's variance; RMSNorm without the mean.
+    """
     centered = p if rms else p - p.mean(-1, keepdim=True)
     n = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
@@ -138,8 +141,9 @@ def steer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add the residual, steer, pool over time, normalise.
 
-    ``x`` (..., D), or (B, T, D) with ``pool`` "max" or "mean". Returns ``y`` (..., D), ``normed`` (..., D) or
-    (B, ceil(T / pool_size), D), and the gates (..., E).
+    ``n = norm(pool(u + s (g V)))`` with ``u = x + residual``. ``x`` (..., D), or (B, T, D) with ``pool`` "max" or "mean"; ``norm_weight``
+    and ``norm_bias`` (D,) or None. Returns ``y`` (..., D) and ``normed`` (..., D) or (B, ceil(T / pool_size), D), both in ``x``'s dtype,
+    and the gates (..., E) in float32 (float64 for a float64 stream).
     """
     dtype = compute_dtype(x.dtype)
     u, r, gamma, beta = _upcast(dtype, x, residual, norm_weight, norm_bias)

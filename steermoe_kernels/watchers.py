@@ -1,4 +1,4 @@
-"""Who wants to see operators go by, and what no operator here can do for them.
+"""Whether something has to see the operators dispatched, and an error for the derivatives that they do not have.
 
 Tracers, compilers, dispatch modes, functorch's transforms, the profiler, tensors that are not what they seem: where there is one of them, a
 call goes through torch's dispatcher, and else past it.
@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 
 __all__ = ["WATCHERS", "is_observed", "refuse_forward_mode", "refuse_second_derivative"]
 
-# Each says yes where somebody wants to see operators go by; none of them is written in Python.
+# Each says yes where something has to see operators dispatched; none of them is written in Python.
 WATCHERS = (
     partial(vars(torch.compiler).get, "_is_compiling_flag"),
     torch._C._len_torch_dispatch_stack,

@@ -67,7 +67,7 @@ class BackwardPass {
     std::fill(d_, zero_ + stride_, C(0));
     u_ = take(block_ * kColumns<C>);
     dz_ = take(block_ * E);
-    sg_ = take(block_ * E);  // behind dz, where strips look for it
+    sg_ = take(block_ * E);  // right after dz, where strips look for it
     a_ = take(together * E);
     dg_ = take(together * E);
     if (p_.pool == Pool::kMax) argmax_.resize(p_.width);
@@ -368,7 +368,7 @@ class BackwardPass {
       const V xhat = (V::load(p + c) - center) * scale;
       V value = (V::load(t_ + c) - mean_t - xhat * mean_tx) * scale;
       if (dy != nullptr) value = value + load_up_to<C>(dy + c, D - c);
-      store_up_to(value, out + c, D - c);  // what lies behind the row stays zero
+      store_up_to(value, out + c, D - c);  // what follows the row stays zero
     }
   }
 

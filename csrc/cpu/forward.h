@@ -51,7 +51,7 @@ class ForwardPass {
     z_ = take(rows * p_.experts);
     sums_ = take(kSplit * V::kRows * kLanes);
     if (!p_.dense()) selection_.resize((rows + 2) * p_.experts);
-    // Rows are widened up to `width`; what lies behind it must be zero, and stays so.
+    // Rows are widened up to `width`; what follows must be zero, and stays so.
     std::fill(u_, u_ + (rows + 2) * stride_, C(0));
     if constexpr (kTiles<S>)
       if (operands.tiled) tiled_.emplace(p_.experts, p_.width);
@@ -102,7 +102,7 @@ class ForwardPass {
   // Where that pays, rows lie ready in the stream, and are too wide to stay in L1 between their dot products and their mix.
   bool takes_turns() const { return turns_pay() && call_.residual == nullptr && p_.width == stride_ && p_.width >= 3 * kTurn<C>; }
 
-  // Tiles of rows as in steer_rows, as many as there are from `first` on; returns the row behind them. The next rows' dot products are
+  // Tiles of rows as in steer_rows, as many as there are from `first` on; returns the row after them. The next rows' dot products are
   // taken between the blocks of columns of these rows' mix. The first wait for the stream to be read, the second for it to be written: by
   // turns, both come evenly, of a few rows and in the order of memory, and the prefetchers between L2 and L3 keep up by themselves.
   std::int64_t steer_by_turns(std::int64_t first, std::int64_t last) {

@@ -31,7 +31,7 @@ std::int64_t limit() {
   return bytes;
 }
 
-// Of a result so large.
+// Whether a result of this size is kept once it comes back.
 bool may_be_kept(std::int64_t bytes) { return bytes > kLargestLeft && bytes <= limit(); }
 
 // Pages of the system's, from the start of a huge one on. Not from the C library's heap, which such blocks would leave full of gaps.

@@ -16,7 +16,7 @@ void widen_into(const S* from, std::int64_t count, C* to) {
   for (std::int64_t i = 0; i < count; ++i) to[i] = static_cast<C>(widen(from[i]));
 }
 
-// What bfloat16 dot products read: stored so, taken so.
+// What bfloat16 dot products read: copied as it is stored.
 inline void widen_into(const Parameter& from, std::int64_t offset, std::int64_t count, BFloat16* to) {
   std::copy_n(static_cast<const BFloat16*>(from.data) + offset, count, to);
 }
@@ -35,7 +35,7 @@ void widen_into(const Parameter& from, std::int64_t offset, std::int64_t count, 
   }
 }
 
-// A vector parameter in type C, padded with zeros to `stride`, in `room`, which is moved behind it; null where there is none.
+// A vector parameter in type C, padded with zeros to `stride`, in `room`, which is moved past it; null where there is none.
 template <typename C>
 const C* padded(const Parameter& parameter, std::int64_t width, std::int64_t stride, C*& room) {
   if (parameter.data == nullptr) return nullptr;
@@ -143,7 +143,7 @@ class ThreadOperands {
     if (!own_) shared_.emplace(p, forms, memory_.data());
   }
 
-  // For `thread`, which asks once.
+  // To be called once by each thread.
   Operands<C> of(int thread) { return own_ ? Operands<C>(p_, forms_, memory_.data() + thread * room_) : *shared_; }
 
  private:

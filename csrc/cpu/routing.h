@@ -15,7 +15,7 @@ namespace steer::cpu::STEER_NAMESPACE {
 
 // x[i] = exp(x[i]) for x <= 0, without branches, so that the compiler makes whole registers of it. With x = n ln 2 + t, |t| <= ln 2 / 2:
 // exp(x) = 2^n exp(t), exp(t) by Taylor's polynomial of degree 7, whose remainder is below a tenth of a unit in the last place. What would
-// be subnormal in float is zero: multiplying by subnormal gates takes a hundred times as long.
+// be subnormal in float is zero: multiplying by subnormal gates is far slower.
 inline void exponentials(float* x, std::int64_t count) {
   constexpr float kSmallest = -87.3f;          // 2^-126 = exp(-87.34)
   constexpr float kRounder = 0x1.8p23f;        // adding it rounds to an integer, which then are the low bits
@@ -87,7 +87,7 @@ inline __m512 fold_eights(__m512 v, Fold fold) {
 }
 
 // z + b of eight experts, two rows a register. Dot products leave four numbers at a time, and a register that is loaded across those waits
-// until they have left the store queue, in which they stand behind the stream's: they are taken up as they were put down.
+// until they have left the store queue, in which they come after the stream's: they are taken up as they were put down.
 inline void add_bias_of_eight(float* z, const float* b, std::int64_t rows) {
   const auto join = [](const float* from) {
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)), _mm_loadu_ps(from + 4), 1);

@@ -22,7 +22,7 @@ template <typename C>
 constexpr bool kStrips = sizeof(Vector<C>) == 64;  // with AVX-512, which has the registers
 
 // A block of rows, `step` numbers apart: d (widened, or as it lies in the stream), y and du, and dz (rows, kStripExperts), with s g
-// kStripRows rows behind it. One step for all, and few pointers: more do not stay in registers.
+// kStripRows rows after it. One step for all, and few pointers: more do not stay in registers.
 template <typename C, typename S, typename D>
 struct Rows {
   const D* d;
@@ -87,7 +87,7 @@ template <int R, typename C, typename S, typename D>
 }
 
 // A strip of `count` rows of the block, from `column` on; dW and dV lie as W and V do. The block comes by reference: a copy for every strip
-// is written in pieces and read as a whole, and waits until they have left the store queue, in which they stand behind the stream's.
+// is written in pieces and read as a whole, and waits until they have left the store queue, in which they come after the stream's.
 template <typename C, typename S, typename D>
 [[gnu::noinline]] void strip(const Rows<C, S, D>& block, std::int64_t column, std::int64_t count, const C* W, const C* V, C* dW, C* dV,
                              Lookahead<S>& next) {

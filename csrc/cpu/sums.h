@@ -17,7 +17,7 @@ namespace steer::cpu::STEER_NAMESPACE {
 template <typename C>
 class LongSum {
  public:
-  // Zeros the room for the chains, `count` numbers from `room` on, and gives what lies behind it.
+  // Zeros the room for the chains, `count` numbers from `room` on, and returns what follows.
   C* start(C* room, std::int64_t count) {
     recent_ = room;
     count_ = count;

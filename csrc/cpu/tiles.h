@@ -22,7 +22,7 @@ constexpr int kTileRows = 32;  // frames that are taken together: two tiles
 template <typename S>
 constexpr bool kTiles = std::is_same_v<S, BFloat16>;
 
-// The unit, for one thread as long as this lives. Experts come in units of sixteen, `units` of them, with zeros behind the last; rows have
+// The unit, for one thread as long as this lives. Experts come in units of sixteen, `units` of them, with zeros after the last; rows have
 // `width` columns, a multiple of 64.
 class Tiles {
  public:
@@ -30,7 +30,7 @@ class Tiles {
   static std::int64_t dots_room(std::int64_t experts, std::int64_t width) { return units_of(experts) * 8 * width; }
   static std::int64_t mix_room(std::int64_t experts, std::int64_t width) { return units_of(experts) * 16 * width; }
 
-  // M (E, D), for every 32 columns a tile a unit: row k holds columns 2 k and 2 k + 1 of its experts. Returns what lies behind it.
+  // M (E, D), for every 32 columns a tile a unit: row k holds columns 2 k and 2 k + 1 of its experts. Returns what follows.
   static float* arrange_for_dots(const BFloat16* M, std::int64_t experts, std::int64_t width, float* room) {
     for (std::int64_t d = 0; d < width; d += 32)
       for (std::int64_t e = 0; e < experts; e += 16, room += kTile) {

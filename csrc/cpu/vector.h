@@ -293,13 +293,13 @@ inline void sum_four(const Vector<C>* x, C* sums) {
   for (int i = 0; i < 4; ++i) sums[i] = x[i].sum();
 }
 
-// Prefetches the cache line at `p`, which may lie behind the end of an array, into L2. (GCC drops calls of a function that does nothing
+// Prefetches the cache line at `p`, which may lie past the end of an array, into L2. (GCC drops calls of a function that does nothing
 // else, unless it has been inlined by then.)
 [[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // --- the last, short register of a row -----------------------------------------------------------------------------------------------
 
-// Reads `count` < kLanes numbers, zeros behind them; none for a count below one.
+// Reads `count` < kLanes numbers, zeros after them; none for a count below one.
 template <typename C, typename S>
 [[gnu::noinline]] Vector<C> load_tail(const S* p, int count) {
   alignas(64) C lanes[Vector<C>::kLanes] = {};

@@ -14,7 +14,7 @@ namespace steer::cuda {
 namespace {
 
 // Results and workspace are torch's, from its allocator's pool of torch's current stream: so a CUDA graph can capture a call, and memory
-// that is given up while a kernel still works on it is only handed out again to work behind that kernel.
+// that is given up while a kernel still works on it is only handed out again to work queued after that kernel.
 class Runner {
  public:
   static constexpr const char* kName = "cuda";
@@ -22,7 +22,9 @@ class Runner {
   // Torch's allocator fills memory by itself where it is asked to.
   Runner(py::handle tensor, const TensorView& stream) : tensor_(tensor), device_(stream.device) {}
 
-  bool takes(const Problem& p) { return device_.type == STEER_TENSORS_DEVICE && p.stream != DType::kFloat64 && current_stream(device_, stream_); }
+  bool takes(const Problem& p) {
+    return device_.type == STEER_TENSORS_DEVICE && p.stream != DType::kFloat64 && current_stream(device_, stream_);
+  }
 
   py::object make(DType dtype, const Shape& shape, void*& data) const { return allocate_tensor(tensor_, dtype, shape, data); }
 

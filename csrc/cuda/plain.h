@@ -206,7 +206,7 @@ STEER_KERNEL STEER_THREADS(kThreads, kResident)
   }
 }
 
-// Block (x, split, z): 32 columns of the width, or of M behind them, for experts 8 z .. 8 z + 7 and the split's windows.
+// Block (x, split, z): 32 columns of the width, or of M after them, for experts 8 z .. 8 z + 7 and the split's windows.
 template <typename S>
 STEER_KERNEL STEER_THREADS(kThreads, kResident)
     steer_parameters_plain_kernel(const Backward call, const Plan plan, const Workspace workspace) {

@@ -66,7 +66,7 @@ STEER_DEVICE float mix_column(const float* M, const Parameter& vectors, int expe
   }
 }
 
-// Block (x, e): 128 columns of expert e; behind the experts, of what belongs to none.
+// Block (x, e): 128 columns of expert e; after the experts, of what belongs to none.
 STEER_KERNEL STEER_THREADS(kThreads, kResident) steer_reduction_kernel(const Backward call, const Workspace workspace) {
   const Problem& problem = call.problem;
   const int width = static_cast<int>(problem.width), experts = static_cast<int>(problem.experts), splits = workspace.splits;

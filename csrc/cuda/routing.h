@@ -51,7 +51,7 @@ STEER_DEVICE void route_group(const Problem& problem, int group, bool there, flo
   constexpr float kLowest = -__builtin_huge_valf();
   const bool mine = there && e < experts;
   const float logit = mine ? z[e] + bias : kLowest;
-  // A maximum of numbers that are all NaN, or absent, does not matter: the powers are NaN, or not there.
+  // A maximum of numbers that are all NaN, or absent, is harmless: the powers are NaN, or zero.
   const float largest = over_group(logit, group, [](float a, float b) { return a < b ? b : a; });
   const float power = mine ? exponential(logit - largest) : 0.0f;
   bool selected = true;

@@ -2,11 +2,11 @@
 
 The layers are the members of the encoder's only list (lists inside a member of a list do not count). Where an encoder holds several, they
 are the list whose members are all of one class and each hold a norm and a Linear of the encoder's width; convolutions of a feature
-extractor do not, and two such lists, as of an encoder and a decoder, are an error that names them. So is a list of lists: what runs between
-their members nobody but the encoder knows.
+extractor do not, and two such lists, as of an encoder and a decoder, are an error that names them. So is a list of lists: only
+the encoder knows what runs between their members.
 
 Pooling needs an encoder that runs its last layer once, on (B, T, D), and leaves time alone afterwards. Where only a pass can tell, as of
-layers used in a loop, the pass ends in an error, unless it is compiled: nobody looks then.
+layers used in a loop, the pass ends in an error; under torch.compile this check is left out.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 // The processor's matrix unit (AMX) for tests, on processors that have none: its instructions, one thread's registers, in plain loops.
 //
-// To be included before all else, for a compiler that knows AVX-512 with bfloat16. The kernels then find the unit where CMakeLists.txt would
-// have asked for it. As the real one does, it counts subnormal numbers as zero, and starts and ends with registers that hold nothing: what
-// uses it without having set it up ends the process.
+// To be included before all else, for a compiler that knows AVX-512 with bfloat16. The kernels then find the unit where CMakeLists.txt
+// would have asked for it. As the real one does, it counts subnormal numbers as zero, and starts and ends with registers that hold nothing:
+// what uses it without having set it up ends the process.
 #pragma once
 
 #include <immintrin.h>
@@ -106,7 +106,9 @@ inline void multiply(int sums, int left, int right) {
 }  // namespace matrix_unit
 
 // How many products it has computed since this was asked last.
-extern "C" inline __attribute__((used, visibility("default"))) std::int64_t matrix_unit_take_products() { return matrix_unit::products.exchange(0); }
+extern "C" inline __attribute__((used, visibility("default"))) std::int64_t matrix_unit_take_products() {
+  return matrix_unit::products.exchange(0);
+}
 
 #undef _tile_loadconfig
 #undef _tile_release
