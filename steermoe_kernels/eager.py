@@ -1,8 +1,8 @@
 """Eager calls of ``steermoe::steer``, past torch's dispatcher where nobody looks.
 
 A Python operator's way through the dispatcher and back takes longer than a short clip's frames do. It is taken only where
-something observes the call (`watchers.py`). There are two shorter ones: `steer_directly`, from the caller's tensors to results inside a backend's compiled
-module, with csrc/eager.cpp to remember which; and, where that declines, `steer`, to the backend by way of Python.
+something observes the call (`watchers.py`). There are two shorter ones: `steer_directly`, from the caller's tensors to results inside a
+backend's compiled module, with csrc/eager.cpp to remember which; and, where that declines, `steer`, to the backend by way of Python.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A backend is a module (or package) in this folder; a module without ``steer_forward`` is none. Importing it must not need a library that may
 be missing: ``unavailable`` is the place to look for it. `backends/reference.py` is all of this in plain PyTorch, to start from; every check
-there is runs on a new backend by itself: ``python -m steermoe_kernels``, and ``pytest tests/kernels -k NAME``. Both use tensors on the CPU if
-the backend takes them there, else on a CUDA device; for any other device, `__main__` and tests/kernels/problems.py have to learn of it. A
-backend defines
+there is runs on a new backend by itself: ``python -m steermoe_kernels``, and ``pytest tests/kernels -k NAME``. Both use tensors on the CPU
+if the backend takes them there, else on a CUDA device; for any other device, `__main__` and tests/kernels/problems.py have to learn of it.
+A backend defines
 
 ``unavailable() -> str | None``
     None if it can run on this machine, else the reason in one sentence. Must not compile, tune or initialise a driver.

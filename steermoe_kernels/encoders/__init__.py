@@ -9,7 +9,8 @@ Kinds of encoder are modules in this folder, one each, found by what they define
     The layers after which the stream is steered, in order. ValueError if they cannot be told. Changes nothing: `describe_encoder` asks,
     too.
 ``width(encoder) -> int``
-    Optional: the stream's width D, where `layered.width_of` does not find it in the encoder's config or its layers' norms, or finds another.
+    Optional: the stream's width D, where `layered.width_of` does not find it in the encoder's config or its layers' norms, or finds
+    another.
 ``steer(encoder, aligner, pool, pool_size) -> None``
     Everything has been checked, and ``aligner`` is ``encoder.steering`` already. Exchanges the classes of modules for `stream.Steered`
     ones (`class_swap.swap`) or registers hooks of classes defined in this folder; `unsteer_encoder` undoes both without being told, and
