@@ -41,7 +41,7 @@ from ..checks import check_pool
 from ..modules import FusedSteerMoE
 from .class_swap import unswap
 from .layered import width_of
-from .public import patch_steermoe
+from .patching import patch_steermoe
 from .stream import Steered
 
 __all__ = ["EncoderShape", "describe_encoder", "patch_steermoe", "steer_encoder", "unsteer_encoder"]

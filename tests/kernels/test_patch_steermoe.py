@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from steermoe_kernels import FusedSteerMoE, patch_steermoe, reference
 from steermoe_kernels import functional as SF
-from steermoe_kernels.encoders.public import Expression, PatchedRouter
+from steermoe_kernels.encoders.expressions import Expression
+from steermoe_kernels.encoders.patching import PatchedRouter
 
 Results = dict[str, Tensor]
 

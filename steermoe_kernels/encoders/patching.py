@@ -1,0 +1,145 @@
+"""`patch_steermoe`: an instance of the public implementation, made to run on the fused operator.
+
+Every version of the public code (github.com/forfrt/SteerMoE) writes the same formula in its own loop. The loop is left alone. Only the
+router answers differently: with an expression (`expressions.py`) that takes up the steps of the formula until one fused pass can compute
+them all. What the methods of the module with the steering vectors return is tensors again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..backends import get_backend
+from ..modules import FusedSteerMoE
+from ..reference import SteerMoEAligner
+from .class_swap import Swapped, swap
+from .expressions import Expression, Logits
+
+__all__ = ["patch_steermoe"]
+
+
+def patch_steermoe(model: nn.Module, *, backend: str = "auto") -> nn.Module:
+    """Make ``model``, or every part of it that is public SteerMoE code, run on the fused operator; in place, weights shared.
+
+    A part is public SteerMoE code if it has ``steering_vectors`` and a ``router``, a ``shared_router`` or ``routers`` of class
+    ``nn.Linear``. Outputs, returned gates and gradients are those of the public code; parameters, ``state_dict`` and copies stay as they
+    are. Patching again only changes ``backend``. Under torch.compile, and while the router has hooks, the public formula runs as written.
+
+    Raises TypeError for anything but a module, ValueError where there is no such part, and as `get_backend`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn module, got {type(model).__name__}")
+    if backend != "auto":
+        get_backend(backend)
+    parts = [(module, routers) for module in model.modules() if (routers := _routers(module))]
+    if not parts:
+        raise ValueError(
+            f"{type(model).__name__} holds no public SteerMoE code: no module with steering_vectors and an nn.Linear called router, "
+            "shared_router, or in routers"
+        )
+    for module, routers in parts:
+        for router in routers:
+            if isinstance(router, PatchedRouter):
+                router.__dict__["_backend"] = backend
+            else:
+                swap(router, PatchedRouter, _backend=backend)
+        if not isinstance(module, PatchedSteering):
+            swap(module, PatchedSteering)
+    return model
+
+
+def _routers(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, (FusedSteerMoE, SteerMoEAligner)) or not isinstance(getattr(module, "steering_vectors", None), Tensor):
+        return []
+    named = [getattr(module, name, None) for name in ("router", "shared_router")]
+    several = getattr(module, "routers", None)
+    named += list(several) if isinstance(several, (nn.ModuleList, list, tuple)) else []
+    return [
+        router
+        for router in named
+        if isinstance(router, nn.Linear)
+        and (isinstance(router, PatchedRouter) or type(router).forward is nn.Linear.forward)
+        and "forward" not in router.__dict__
+    ]
+
+
+# --- what is exchanged in the model -----------------------------------------------------------------------------------------------------
+
+
+class PatchedRouter(Swapped):
+    """A Linear that answers with `Logits` where the fused operator can take over."""
+
+    _added: ClassVar[tuple[str, ...]] = ("_backend",)
+
+    def forward(self, x: Tensor) -> Any:
+        if not self._may_wait(x):
+            return super().forward(x)  # type: ignore[misc]
+        return Logits(x, self.weight, self.bias, self._backend)
+
+    def _may_wait(self, x: Tensor) -> bool:
+        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
+        return not (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or any(hooks)
+            or _has_any_global_hook()
+            or any(type(t) not in (Tensor, nn.Parameter) for t in (x, self.weight, *([] if self.bias is None else [self.bias])))
+            or x.device != self.weight.device
+            or x.device.type == "meta"
+            or x.dim() == 0
+            or x.shape[-1] != self.weight.shape[1]
+            or not self._dtypes_agree(x)
+        )
+
+    def _dtypes_agree(self, x: Tensor) -> bool:
+        """Whether the public formula would return the stream in ``x``'s dtype, as the fused operator does."""
+        if torch.is_autocast_enabled(x.device.type):
+            return x.dtype in (torch.float32, torch.get_autocast_dtype(x.device.type))
+        return x.dtype == self.weight.dtype
+
+
+class PatchedSteering(Swapped):
+    """The module with the steering vectors: whatever its methods return holds tensors, not expressions."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls._plain.__mro__:
+            if base in nn.Module.__mro__:
+                break
+            for name, method in vars(base).items():
+                if isinstance(method, FunctionType) and not name.startswith("__") and name not in vars(cls):
+                    setattr(cls, name, _returning_tensors(method))
+
+
+def _returning_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return _settle(method(*args, **kwargs))
+
+    return wrapper
+
+
+def _settle(value: Any) -> Any:
+    """``value`` with tensors in place of expressions; lists and dicts are changed in place, as others may hold them too."""
+    if isinstance(value, Expression):
+        return value.tensor()
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            value[index] = _settle(item)
+    elif isinstance(value, dict):
+        for key, item in list(value.items()):
+            settled = _settle(item)
+            if settled is not item:
+                value[key] = settled
+    elif isinstance(value, tuple):
+        items = [_settle(item) for item in value]
+        if any(new is not old for new, old in zip(items, value, strict=True)):
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
