@@ -13,6 +13,7 @@ import torch
 from problems import device_for
 
 from steermoe_kernels import backends, eager
+from steermoe_kernels import functional as SF
 
 Hear = Callable[[str, tuple[Any, ...]], None]
 
@@ -76,3 +77,12 @@ def listen(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Hear], None]:
         eager.forget_ways()
 
     return listen
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shape of every stream that goes through the fused operator."""
+    shapes: list[tuple[int, ...]] = []
+    steer = SF.steer
+    monkeypatch.setattr(SF, "steer", lambda h, *args, **options: shapes.append(tuple(h.shape)) or steer(h, *args, **options))
+    return shapes
