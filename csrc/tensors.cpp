@@ -56,7 +56,7 @@ const Exchange* exchange = nullptr;
 PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
 // Torch's: dtypes in the order of DType, and functions.
 PyObject* dtypes[4];
-PyObject *is_neg, *new_empty, *get_num_threads, *is_deterministic, *is_filling;
+PyObject *is_neg, *untyped_storage, *new_empty, *get_num_threads, *is_deterministic, *is_filling;
 
 bool element_to_dtype(ElementType element, DType& dtype) {
   if (element.lanes != 1) return false;
@@ -130,6 +130,18 @@ py::object to_object(ManagedTensor* managed) {
   return py::none();
 }
 
+// Whether there is memory where a tensor says that it is. One whose storage has been freed lies as far from address 0 as it lay in its
+// storage: only low addresses, where hardly any memory is, have to be asked about.
+bool has_memory(py::handle object, const void* data) {
+  constexpr std::uintptr_t kLow = std::uintptr_t{1} << 32;
+  if (reinterpret_cast<std::uintptr_t>(data) >= kLow) return true;
+  const auto storage = py::reinterpret_steal<py::object>(PyObject_CallOneArg(untyped_storage, object.ptr()));
+  const auto bytes = py::reinterpret_steal<py::object>(storage ? PyObject_CallMethod(storage.ptr(), "nbytes", nullptr) : nullptr);
+  const bool some = bytes && PyObject_IsTrue(bytes.ptr()) == 1;
+  PyErr_Clear();
+  return some;
+}
+
 }  // namespace
 
 bool TensorView::has_shape(std::initializer_list<std::int64_t> wanted) const {
@@ -153,6 +165,7 @@ bool connect_tensors(py::handle tensor, py::handle parameter) {
   std::size_t next = 0;
   for (const char* name : {"float32", "float16", "bfloat16", "float64"}) dtypes[next++] = keep(torch, name);
   is_neg = keep(tensor, "is_neg");
+  untyped_storage = keep(tensor, "untyped_storage");
   new_empty = keep(tensor, "new_empty");
   get_num_threads = keep(torch, "get_num_threads");
   is_deterministic = keep(torch.attr("_C"), "_get_deterministic_algorithms");
@@ -176,7 +189,7 @@ bool view_tensor(py::handle object, TensorView& view) {
   view.rank = tensor.rank;
   view.shape = tensor.shape;
   return negates.is(py::handle(Py_False)) && tensor.data != nullptr && element_to_dtype(tensor.element, view.dtype) &&
-         is_contiguous(tensor);
+         is_contiguous(tensor) && has_memory(object, view.data);
 }
 
 bool view_rows(py::handle object, std::int64_t& rows) {

@@ -174,6 +174,16 @@ def check_tensors(
             raise ValueError(f"residual must be on x's device {x.device}, got {residual.device}")
 
 
+def check_memory(**tensors: Tensor | None) -> None:
+    """RuntimeError for one whose storage has been freed: kernels would read at address 0, or take it for one that is absent."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.data_ptr() < _LOW and tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+            raise RuntimeError(f"{name} has no memory: its storage has been freed, as FSDP does with parameters that are not in use")
+
+
+_LOW = 1 << 32  # an offset in a storage that begins at address 0; only so low an address has to be asked about
+
+
 def check_projection(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Shapes, dtypes and devices of a projection of frames ``h`` (..., D). ValueError or TypeError."""
     if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] != h.shape[-1]:

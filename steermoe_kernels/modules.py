@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoints
 from . import functional as SF
 from .backends import get_backend
 from .checks import check_layer, check_parameters, check_renormalize, check_size, check_top_k, check_width
+from .reference import compute_dtype
 
 __all__ = ["FusedSteerMoE", "LayerParameters"]
 
@@ -168,7 +171,8 @@ class FusedSteerMoE(nn.Module):
         """
         check_width("x", x, self.feature_dim)
         check_layer(layer, self.num_layers)
-        eps, rms = _eps(norm, x), "RMSNorm" in (kind := type(norm).__name__) or kind == "T5LayerNorm"
+        dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        eps, rms = _eps(norm, x, dtype), "RMSNorm" in (kind := type(norm).__name__) or kind == "T5LayerNorm"
         y, normed, gates = SF.steer_norm(
             x,
             *(self.layer(layer) if parameters is None else parameters),
@@ -255,8 +259,8 @@ def _check_tensors(name: str, **tensors: object) -> None:
             raise TypeError(f"{name}.{part} must be a tensor, got {type(tensor).__name__}: FusedSteerMoE reads it and never calls {name}")
 
 
-def _eps(norm: Any, x: Tensor) -> float:
-    """A norm's epsilon, by the names in use; torch's RMSNorm may leave it to the dtype of what it reads.
+def _eps(norm: Any, x: Tensor, dtype: torch.dtype) -> float:
+    """A norm's epsilon, by the names in use; torch's RMSNorm may leave it to torch, for what it reads is of this ``dtype``.
 
     TypeError for what is no LayerNorm or RMSNorm, ValueError for one over other dimensions than the last.
     """
@@ -267,7 +271,21 @@ def _eps(norm: Any, x: Tensor) -> float:
     if norm.weight is None and shape != x.shape[-1:]:  # the shape of a weight is checked with the others
         raise ValueError(f"norm must be over the last dimension, {tuple(x.shape[-1:])}, got one over {shape}")
     eps = getattr(norm, names[0])
-    return float(torch.finfo(x.dtype).eps if eps is None else eps)
+    return _unstated_eps(dtype) if eps is None else float(eps)
+
+
+@torch.compiler.assume_constant_result
+def _unstated_eps(dtype: torch.dtype) -> float:
+    return _measured_eps(dtype)  # whose cache torch.compile would look through
+
+
+@cache
+def _measured_eps(dtype: torch.dtype) -> float:
+    """What ``F.rms_norm`` adds where it is given no eps: of half precision it is the machine epsilon of the dtype, as torch's documentation
+    says, or of float32, as versions of torch compute."""
+    own, accumulated = torch.finfo(dtype).eps, torch.finfo(compute_dtype(dtype)).eps
+    small = torch.full((1,), 2.0**-9, dtype=dtype)  # its square lies between the two: only the first would keep it from becoming one
+    return own if F.rms_norm(small, (1,)).item() < 0.5 else accumulated
 
 
 _OTHER_NORMS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)  # instance norms are of the second kind

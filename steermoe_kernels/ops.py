@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .backends import Options, select_backend
-from .checks import check_stream, check_tensors
+from .checks import check_memory, check_stream, check_tensors
 from .choice import Shape
 from .compiled import backward_results, forward_results
 from .watchers import is_observed, refuse_second_derivative
@@ -113,6 +113,9 @@ def steer(
     module = select_backend(settings[-1], x.device, x.dtype, _shape(x, weight), options)
     if x.numel() == 0:
         return _results_like(*tensors, *settings)
+    check_memory(
+        x=x, residual=residual, weight=weight, bias=bias, vectors=vectors, scale=scale, norm_weight=norm_weight, norm_bias=norm_bias
+    )
     streams = (_frames(x), _frames(residual), *tensors[2:])
     *results, stats = (t.contiguous() for t in module.steer_forward(*_contiguous(*streams), options))
     return *(_unframed(t, x.shape[:-1]) for t in results), stats  # type: ignore[return-value]
@@ -197,6 +200,9 @@ def _needed_gradients(
     if y.numel() == 0:
         return [grad.zero_() for grad in _gradients_like(y, gates, weight, needs)]
     options = options_of(weight.shape[0], *of_pass)
+    check_memory(
+        dy=dy, dnormed=dnormed, dgates=dgates, y=y, gates=gates, weight=weight, vectors=vectors, scale=scale, norm_weight=norm_weight
+    )
     module = select_backend(backend, y.device, y.dtype, _shape(y, weight), options)
     streams = map(_frames, (dy, dnormed, dgates, y, gates, probs))
     du, *others = module.steer_backward(  # what was saved is contiguous, too, unless hooks have packed and unpacked it

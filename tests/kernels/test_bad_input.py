@@ -147,6 +147,28 @@ def test_mixed_devices(backend: str, device: torch.device, run: Any, name: str) 
     _expect(good, lambda: run(elsewhere, backend), ValueError, rf"({named}) must be on (the stream's|x's) device .*, got .*")
 
 
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("name", ["x", "residual", "weight", "bias", "vectors", "scale", "norm_weight", "norm_bias"])
+def test_a_storage_that_has_been_freed(backend: str, device: torch.device, name: str, offset: int) -> None:
+    """It begins at address 0, as what is absent does; where a tensor lies further on in it, its address is not even 0."""
+    good = _arguments(device)
+    tensor = good[name].detach()
+    storage = torch.zeros(offset + tensor.numel(), device=device)
+    freed = good | {name: storage[offset:].view(tensor.shape)}
+    storage.untyped_storage().resize_(0)
+    words = "not allocated yet|has been freed" if backend == "reference" else f"{name} has no memory: its storage has been freed"
+    _expect(good, lambda: _steer_norm(freed, backend), RuntimeError, words)
+
+
+@pytest.mark.parametrize("name", ["weight", "vectors", "norm_weight"])
+def test_a_storage_freed_before_the_backward(backend: str, device: torch.device, name: str) -> None:
+    good = _arguments(device)
+    y, normed, _ = _steer_norm(good, backend)
+    good[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"not allocated yet|has been freed"):
+        (y.sum() + normed.sum()).backward()
+
+
 def test_numbers_of_numpy(backend: str, device: torch.device) -> None:
     """They are numbers: for the scale, for eps, and where an integer is wanted."""
     good, np = _arguments(device), pytest.importorskip("numpy")

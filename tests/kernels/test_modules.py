@@ -195,6 +195,22 @@ def test_steer_norm_takes_an_rms_norm(backend: str, device: torch.device, eps: f
     torch.testing.assert_close(aligner.steer_norm(x, 1, T5RMSNorm())[1], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_residual", [False, True])
+def test_an_eps_that_is_left_to_torch(backend: str, device: torch.device, dtype: torch.dtype, of_residual: bool) -> None:
+    """Of small streams in half precision it is most of the norm; and the stream is the residual's where that is wider."""
+    if dtype not in dtypes_of(backend, device):
+        pytest.skip(f"{backend} does not take {dtype} here")
+    aligner, x = _aligner(backend, device), 0.01 * _frames(device).detach()
+    norm = nn.RMSNorm(WIDTH, device=device)
+    residual = 0.01 * torch.randn_like(x) if of_residual else None
+    with torch.no_grad():
+        aligner.steering_vectors.mul_(0.001)
+        y, normed = aligner.steer_norm(x.to(dtype), 1, norm.to(torch.float32 if of_residual else dtype), residual=residual)
+    assert y.dtype == (torch.float32 if of_residual else dtype)
+    torch.testing.assert_close(normed, norm(y), rtol=2 * torch.finfo(y.dtype).eps, atol=1e-6)
+
+
 # --- router and prompt_proj that are not plain ------------------------------------------------------------------------------------------
 
 
