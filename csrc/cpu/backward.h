@@ -289,9 +289,11 @@ class BackwardPass {
 
   template <typename Row>
   auto storing_du(std::int64_t first, Row row) const {
-    return [row, D = p_.width, du = static_cast<S*>(call_.du) + first * p_.width](auto whole, int r, std::int64_t c, const V* dzW) {
+    return [row, ahead = prefetches_stores_ ? block_ * p_.width : 0, D = p_.width, du = static_cast<S*>(call_.du) + first * p_.width](
+               auto whole, int r, std::int64_t c, const V* dzW) {
       const auto* d = row(r) + c;
       S* out = du + r * D + c;
+      if (ahead != 0) prefetch_registers<C, kRegisters>(out + ahead);
 #pragma GCC unroll 8
       for (int k = 0; k < kRegisters; ++k) store_up_to(V::load(d + k * kLanes) + dzW[k], out + k * kLanes, D - c - k * kLanes, whole);
     };
@@ -375,6 +377,7 @@ class BackwardPass {
   const Backward& call_;
   const Problem& p_;
   const Operands<C>& operands_;
+  const bool prefetches_stores_ = prefetches_stores<S>(p_, 2 + (call_.dy != nullptr) + (call_.dnormed != nullptr));
   Partial<C>* partial_ = nullptr;
   std::int64_t stride_;
   int block_;

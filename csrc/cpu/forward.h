@@ -91,9 +91,15 @@ class ForwardPass {
     router_logits<R>(u, x);
     const C* g = route_rows(std::integral_constant<int, R>(), first);
     const bool two_tiles = E <= 2 * V::kExperts;  // which have prefetched four of the next rows
+    const S* residual = static_cast<const S*>(call_.residual) + (call_.residual == nullptr ? 0 : (first + R) * D);
+    const S* y = static_cast<const S*>(call_.y) + (first + R) * D;
     const auto steer = steering(u, first);
     mix<C, R>(g, operands_.V, E, D, [&](auto whole, int r, std::int64_t d, const V* gV) {
       if (r >= 4 && two_tiles) prefetch_registers<C, kRegisters>(x + (R + r) * D + d);
+      if (prefetches_stores_) {
+        prefetch_registers<C, kRegisters>(y + r * D + d);
+        if (call_.residual != nullptr) prefetch_registers<C, kRegisters>(residual + r * D + d);
+      }
       steer(whole, r, d, gV);
     });
     norm_rows(first, R);
@@ -290,6 +296,7 @@ class ForwardPass {
       V value = (V::load(p + d) - center) * scale;
       if (gamma != nullptr) value = value * V::load(gamma + d);
       if (beta != nullptr) value = value + V::load(beta + d);
+      if (prefetches_stores_) prefetch(n + V::kRows * D + d);
       store_up_to(value, n + d, D - d);
     }
   }
@@ -297,6 +304,7 @@ class ForwardPass {
   const Forward& call_;
   const Problem& p_;
   const Operands<C>& operands_;
+  const bool prefetches_stores_ = prefetches_stores<S>(p_, 2 + (call_.residual != nullptr) + (p_.norm != Norm::kNone));
   std::int64_t stride_;
   Buffer<C> scratch_;
   C *u_, *y_, *pooled_, *z_, *sums_;

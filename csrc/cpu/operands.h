@@ -66,6 +66,19 @@ std::int64_t stride_of(const Problem& p) {
   return (p.width + kColumns<C> - 1) / kColumns<C> * kColumns<C>;
 }
 
+// Whether a pass over so many streams prefetches lines that nothing else asks for before they are needed: those that are going to be
+// written, and a residual's. On AMD's processors (seen on Zen 4) it pays where the streams do not stay near; on Intel's, prefetching what
+// is written has made passes slower.
+template <typename S>
+bool prefetches_stores([[maybe_unused]] const Problem& p, [[maybe_unused]] int streams) {
+#if defined(STEER_X86)
+  constexpr std::int64_t kFar = 8 << 20;
+  return streams * p.frames() * p.width * static_cast<std::int64_t>(sizeof(S)) > kFar && __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 // The forms a pass wants its matrices in.
 struct Forms {
   bool bfloat16_W = false;  // W as it is stored, in the place of W
