@@ -31,6 +31,15 @@ KINDS = {
     "whisper": "Whisper encoder layers",
 }
 DIRECTIONS = {"forward+backward": "forward + backward"}
+OPERATORS = {"steer": "steer", "steer_norm": "add + steer + norm"}
+AIMS = (  # for one layer of large-v3 in float32, as calls that follow each other
+    ("forward", "eager", 2.0),
+    ("forward", "compiled", 2.0),
+    ("forward", "public", 10.0),
+    ("forward + backward", "eager", 2.5),
+    ("forward + backward", "public", 4.0),
+)
+KEPT_AIM = 0.05
 COMPACT = {"model": "large-v3", "N": 1500, "E": 8, "dtype": "float32", "top_k": None}
 
 
@@ -290,8 +299,9 @@ def _spread(comparison: Comparison) -> str:
 
 
 def compact_tables(results: Results) -> str:
-    """The README's tables: one layer of Whisper large-v3 in float32, then the layer stack. `ReportError` if nothing of them was run."""
-    parts = [part for part in (_compact_operator(results), _compact_stack(results)) if part]
+    """The README's tables: a layer of Whisper large-v3 in float32, its aims, then the layer stack. `ReportError` if none of it was run."""
+    makers = (_compact_operator, _compact_aims, _compact_kept, _compact_stack)
+    parts = [part for part in (make(results) for make in makers) if part]
     if not parts:
         raise ReportError(f"{results.source} holds nothing of the compact table: it shows large-v3 in float32, N 1500, E 8")
     source = f"`benchmarks/results/{results.source.name}`"
@@ -299,21 +309,13 @@ def compact_tables(results: Results) -> str:
 
 
 def _compact_operator(results: Results) -> str:
-    variants, against = ("public", "eager", "compiled", "ours"), ("eager", "public")
-    words = {"steer": "steer", "steer_norm": "add + steer + norm"}
+    variants, against = ("public", "eager", "compiled", "ours"), ("eager", "compiled", "public")
     rows = []
-    for comparison in results.comparisons:
-        if comparison.kind not in words or comparison.direction == "backward" or not _is_compact(comparison):
-            continue
+    for comparison in _compact_passes(results):
         ours = comparison.seconds("ours")
         times = [seconds_in_words(comparison.seconds(variant)) for variant in variants]
         factors = [times_faster(comparison.seconds(variant), ours) for variant in against]
-        rows.append([f"{words[comparison.kind]}, {comparison.direction}", *times, *factors, _after_others(comparison, against)])
-    for comparison in results.of_kind("kept"):
-        if _is_compact(comparison):
-            sizes = [bytes_in_words(comparison.bytes(variant)) for variant in variants]
-            shares = [percentage(comparison.bytes("ours"), comparison.bytes(variant)) for variant in against]
-            rows.append([f"kept for backward by {words[comparison.name.split()[1]]}, beyond y", *sizes, *shares, "-"])
+        rows.append([f"{OPERATORS[comparison.kind]}, {comparison.direction}", *times, *factors, _after_others(comparison, against)])
     header = [
         "one layer: N 1500, D 1280, E 8, L 32, float32",
         *(NAMES[v] for v in variants),
@@ -321,6 +323,44 @@ def _compact_operator(results: Results) -> str:
         f"after others: {', '.join(NAMES[v] for v in against)}",
     ]
     return table(header, rows) if rows else ""
+
+
+def _compact_aims(results: Results) -> str:
+    """What was aimed at for such a layer, beside what came out, in words that say so where it was missed."""
+    speeds = {(comparison.kind, comparison.direction): comparison for comparison in _compact_passes(results)}
+    kept = {comparison.name.split()[1]: comparison for comparison in results.of_kind("kept") if _is_compact(comparison)}
+    rows = []
+    for direction, variant, aim in AIMS:
+        cells = []
+        for kind in OPERATORS:
+            comparison = speeds.get((kind, direction))
+            base, ours = (comparison.seconds(name) if comparison else None for name in (variant, "ours"))
+            cells.append(_against_aim(times_faster(base, ours), base is None or ours is None or round(base / ours, 2) >= aim))
+        if set(cells) != {"-"}:
+            rows.append([f"{direction}, against {NAMES[variant]}: at least {aim:g}x", *cells])
+    if kept:
+        shares = [(kept[kind].bytes("ours"), kept[kind].bytes("public")) if kind in kept else (None, None) for kind in OPERATORS]
+        cells = [_against_aim(percentage(ours, base), not (ours and base) or ours <= KEPT_AIM * base) for ours, base in shares]
+        rows.append([f"kept for backward, of what the {NAMES['public']} keeps: at most {100 * KEPT_AIM:g}%", *cells])
+    return table(["aim", *OPERATORS.values()], rows) if rows else ""
+
+
+def _against_aim(words: str, reached: bool) -> str:
+    return words if reached else f"{words} (missed)"
+
+
+def _compact_kept(results: Results) -> str:
+    variants = ("public", "eager", "compiled", "ours")
+    rows = [
+        [OPERATORS[comparison.name.split()[1]], *(bytes_in_words(comparison.bytes(variant)) for variant in variants)]
+        for comparison in results.of_kind("kept")
+        if _is_compact(comparison)
+    ]
+    return table(["kept for backward, beyond y", *(NAMES[v] for v in variants)], rows) if rows else ""
+
+
+def _compact_passes(results: Results) -> list[Comparison]:
+    return [c for c in results.comparisons if c.kind in OPERATORS and c.direction != "backward" and _is_compact(c)]
 
 
 def _is_compact(comparison: Comparison) -> bool:

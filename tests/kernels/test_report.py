@@ -97,8 +97,13 @@ def test_tables_and_plot(report: ModuleType, results: Path, tmp_path: Path, caps
 def test_compact_tables_are_printed(report: ModuleType, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(results), "--compact"]) == 0
     text = capsys.readouterr().out
-    assert row(text, "steer, forward")[1:] == ["200 ms", "10 ms", "5 ms", "8 ms", "1.25x", "25.00x", "1.00x, 20.00x"]
-    assert row(text, "kept for backward by steer")[1:] == ["15.4 MB", "7.77 MB", "-", "0.048 MB", "0.62%", "0.31%", "-"]
+    after_others = "1.00x, 0.50x (slower), 20.00x"
+    expected = ["200 ms", "10 ms", "5 ms", "8 ms", "1.25x", "0.62x (slower)", "25.00x", after_others]
+    assert row(text, "steer, forward")[1:] == expected
+    assert row(text, "forward, against best eager")[1:] == ["1.25x (missed)", "-"]
+    assert row(text, "forward, against public formula")[1:] == ["25.00x", "-"]
+    assert row(text, "kept for backward, of what")[1:] == ["0.31%", "-"]
+    assert row(text, "steer |")[1:] == ["15.4 MB", "7.77 MB", "-", "0.048 MB"]
     assert row(text, "2 layers")[1:] == ["1.5 s", "3 s", "1.8 s", "1.2 s", "1.25x", "1.50x", "2.50x"]
     assert f"`benchmarks/results/{results.name}`" in text
     assert list(results.parent.iterdir()) == [results]
