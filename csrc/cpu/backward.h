@@ -351,12 +351,12 @@ class BackwardPass {
     const S* dn = static_cast<const S*>(call_.dnormed) + row * D;
     const C* gamma = operands_.gamma;
     C *dgamma = partial_->dgamma.recent(), *dbeta = partial_->dbeta.recent();
-    const V center = V::set(mean), scale = V::set(rstd);
+    const V center = V::set(mean), reciprocal = V::set(rstd);
     V sum_t = V::zero(), sum_tx = V::zero();
     for (std::int64_t c = 0; c < D; c += kLanes) {
       prefetch(dn + V::kRows * D + c);                  // a tile ahead: nothing else asks for dn
       const V incoming = load_up_to<C>(dn + c, D - c);  // zero past the end: adds nothing to the sums
-      const V xhat = (V::load(p + c) - center) * scale;
+      const V xhat = (V::load(p + c) - center) * reciprocal;
       const V t = gamma == nullptr ? incoming : incoming * V::load(gamma + c);
       t.store(t_ + c);
       sum_t = sum_t + t;
@@ -367,8 +367,8 @@ class BackwardPass {
     const V mean_t = V::set(p_.norm == Norm::kLayer ? sum_t.sum() / C(D) : C(0));
     const V mean_tx = V::set(sum_tx.sum() / C(D));
     for (std::int64_t c = 0; c < D; c += kLanes) {
-      const V xhat = (V::load(p + c) - center) * scale;
-      V value = (V::load(t_ + c) - mean_t - xhat * mean_tx) * scale;
+      const V xhat = (V::load(p + c) - center) * reciprocal;
+      V value = (V::load(t_ + c) - mean_t - xhat * mean_tx) * reciprocal;
       if (dy != nullptr) value = value + load_up_to<C>(dy + c, D - c);
       store_up_to(value, out + c, D - c);  // what follows the row stays zero
     }

@@ -291,9 +291,9 @@ class ForwardPass {
     stats[p_.batch * p_.pooled + row] = rstd;
     S* n = static_cast<S*>(call_.normed) + row * D;
     const C *gamma = operands_.gamma, *beta = operands_.beta;
-    const V scale = V::set(rstd);
+    const V reciprocal = V::set(rstd);
     for (std::int64_t d = 0; d < D; d += kLanes) {
-      V value = (V::load(p + d) - center) * scale;
+      V value = (V::load(p + d) - center) * reciprocal;
       if (gamma != nullptr) value = value * V::load(gamma + d);
       if (beta != nullptr) value = value + V::load(beta + d);
       if (prefetches_stores_) prefetch(n + V::kRows * D + d);
