@@ -15,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
@@ -40,9 +41,23 @@ def check_compiler() -> None:
     if not any(shutil.which(compiler) for compiler in named or ("c++", "g++", "clang++")):
         what = f"CXX={named[0]} is not there" if named else "no C++ compiler found"
         sys.exit(
-            f"error: {what}: install g++ 9 or newer (Debian, Ubuntu: apt install g++), "
+            f"error: {what}: install g++ 11 or newer (Debian, Ubuntu: apt install g++), "
             "or set STEERMOE_CPU=0 for a pure-Python install with the backends 'reference' and, on GPUs, 'triton'"
         )
+
+
+class FreshBuild(build_py):
+    """Starts from nothing: a build folder holds what earlier builds from this tree put there, and modules are found by being there."""
+
+    def run(self) -> None:
+        for package in self.packages or ():
+            if not self.editable_mode:
+                shutil.rmtree(Path(self.build_lib, *package.split(".")), ignore_errors=True)
+        for module in {"_cpu", "_cuda"} - set(MODULES):
+            for left_over in (ROOT / "steermoe_kernels").glob(f"{module}.*.so"):
+                with contextlib.suppress(OSError):
+                    left_over.unlink()
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -95,5 +110,5 @@ MODULES = ["_cpu"] * wants_cpu() + ["_cuda"] * wants_cuda()
 
 setup(
     ext_modules=[Extension(f"steermoe_kernels.{module}", sources=[]) for module in MODULES],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": FreshBuild},
 )

@@ -134,6 +134,8 @@ def read_results(path: Path) -> Results:
         try:
             info, stats = entry["extra_info"], entry["stats"]
             measured = Measured(info, {name: float(stats[name]) for name in ("q1", "median", "q3")})
+            if not measured.median > 0:
+                raise ReportError(f"{path} holds a benchmark with a median of {measured.median:g} s: {entry['group']}, {info['variant']}")
             groups.setdefault(entry["group"], {})[info["variant"]] = measured
         except (KeyError, TypeError, ValueError) as error:
             raise ReportError(f"{path} holds a benchmark that is not one of this folder's: it lacks {error}") from error

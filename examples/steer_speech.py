@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
 import sys
 import time
@@ -73,7 +74,7 @@ def read_audio(path: Path) -> Audio:
     if not path.is_file():
         raise InputError(f"{path} is no file" if path.exists() else f"there is no file {path}")
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (n, channels)
+        samples, rate = soundfile.read(os.fsencode(path), dtype="float32", always_2d=True)  # (n, channels); a name may be no text
     except (soundfile.SoundFileError, OSError) as error:
         raise InputError(f"{path} cannot be read as audio: {error}") from error
     mono = soxr.resample(samples.mean(axis=1), rate, RATE) if len(samples) else samples[:, 0]

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         "self-check: outputs and gradients, at most twice as wrong as plain PyTorch of the same dtype (error, allowed error of the worst)"
     )
-    passed = all(works for _, _, works in chosen)
+    passed = all(works for _, _, works in chosen) and not _simd_is_unknown()
     for name, reason in states.items():
         for line, right in _check(name) if reason is None else [("skipped, it cannot run here", True)]:
             passed &= right
@@ -113,9 +113,19 @@ def _simd_level() -> str:
         core = importlib.import_module(f"{__package__}._cpu")
     except ImportError:
         return levels
+    if _simd_is_unknown():
+        return f"kernels FAIL: STEERMOE_SIMD={os.environ['STEERMOE_SIMD']} names none of their instruction sets, {levels}"
+    return f"kernels use {os.environ.get('STEERMOE_SIMD') or core.simd_level()}, {levels}"
+
+
+def _simd_is_unknown() -> bool:
+    """Whether STEERMOE_SIMD keeps C++ kernels that are there from running."""
+    try:
+        core = importlib.import_module(f"{__package__}._cpu")
+    except ImportError:
+        return False
     named = os.environ.get("STEERMOE_SIMD", "")
-    level = named if named and core.has_level(named) else core.simd_level()
-    return f"kernels use {level}, {levels}"
+    return named != "" and not core.has_level(named)
 
 
 def _automatic() -> Iterator[tuple[str, str, bool]]:

@@ -17,10 +17,12 @@ namespace amx {
 extern const Kernels kernels;
 }
 #endif
-#if defined(STEER_X86)
+#if defined(STEER_AVX512BF16)
 namespace avx512bf16 {
 extern const Kernels kernels;
 }
+#endif
+#if defined(STEER_X86)
 namespace avx512 {
 extern const Kernels kernels;
 }

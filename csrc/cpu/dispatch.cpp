@@ -2,8 +2,10 @@
 
 #include "cpu.h"
 
-#if defined(STEER_AMX)
+#if defined(STEER_X86)
 #include <cpuid.h>
+#endif
+#if defined(STEER_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -16,6 +18,19 @@ struct Level {
   const Kernels* kernels;
   bool supported;
 };
+
+#if defined(STEER_X86)
+// What compilers' __builtin_cpu_supports does not know in every version.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & (1u << 29)) != 0;
+}
+
+[[maybe_unused]] bool has_avx512bf16() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1u << 5)) != 0;
+}
+#endif
 
 #if defined(STEER_AMX)
 // Whether the processor has the matrix unit with bfloat16, and Linux lets this process use it. It has to be asked: a thread's state grows
@@ -37,10 +52,12 @@ bool tiles_granted() {
 const Kernels* find_kernels(const char* level) {
 #if defined(STEER_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+#if defined(STEER_AVX512BF16)
+  const bool avx512bf16 = avx512 && has_avx512bf16();
 #endif
 #if defined(STEER_AMX)
   const bool amx = avx512bf16 && (level == nullptr || std::strcmp(level, amx::kernels.name) == 0) && tiles_granted();
@@ -49,8 +66,10 @@ const Kernels* find_kernels(const char* level) {
 #if defined(STEER_AMX)
       {&amx::kernels, amx},
 #endif
-#if defined(STEER_X86)
+#if defined(STEER_AVX512BF16)
       {&avx512bf16::kernels, avx512bf16},
+#endif
+#if defined(STEER_X86)
       {&avx512::kernels, avx512},
       {&avx2::kernels, avx2},
 #endif

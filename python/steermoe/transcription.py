@@ -15,6 +15,9 @@ from .data.audio import AudioSource, Loudness, duration_of, name_of, split_at_qu
 from .data.collator import TRANSCRIPTION_PROMPT
 from .generation import Request, answer_limit, respond
 
+SHORTEST_PIECE = 0.1
+"""Seconds: of less there is no word to hear, and a model makes one up for every piece."""
+
 # Scripts written without spaces between words: pieces that meet in one are joined without a space.
 _UNSPACED = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
@@ -111,15 +114,15 @@ def longest_piece(model: Any, processor: Any, *, prompt: str | None = None, max_
     """Seconds of the longest piece that `transcribe` makes with these arguments: what both encoder and language model take.
 
     Without ``max_seconds``, ``max_new_tokens`` or half of what the prompt leaves is kept for the text. ValueError for a ``max_seconds``
-    that encoder or language model cannot take, or that is not above 0.
+    that encoder or language model cannot take, or below `SHORTEST_PIECE`.
     """
     room = capacity(model, processor, TRANSCRIPTION_PROMPT if prompt is None else prompt)
     if max_seconds is None:
         return room.longest_clip(room.answer(generation))
     most = room.longest_clip(min(LEAST_ANSWER, room.answer(generation)))
-    if not 0 < max_seconds <= most:
+    if not SHORTEST_PIECE <= max_seconds <= most:
         whose = "encoder" if most == room.clip_seconds else "language model"
-        raise ValueError(f"max_seconds must be above 0 and at most the {whose}'s {most:g}, got {max_seconds:g}")
+        raise ValueError(f"max_seconds must be at least {SHORTEST_PIECE:g} and at most the {whose}'s {most:g}, got {max_seconds:g}")
     return max_seconds
 
 

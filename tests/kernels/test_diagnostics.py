@@ -51,6 +51,16 @@ def test_an_automatic_backend_that_cannot_run_fails(capsys: pytest.CaptureFixtur
     assert re.search(r"auto +FAILS for tensors on cpu: STEERMOE_BACKEND=tpu names no backend", text) and text.rstrip().endswith("FAILED")
 
 
+def test_an_instruction_set_that_is_not_there_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("steermoe_kernels._cpu")
+    monkeypatch.setattr(diagnostics, "backend_states", lambda: {"reference": None})
+    monkeypatch.setenv("STEERMOE_SIMD", "AVX2")  # they are written small
+    with pytest.warns(RuntimeWarning, match="STEERMOE_SIMD=AVX2"):
+        assert diagnostics.main([]) == 1
+    text = capsys.readouterr().out
+    assert "kernels FAIL: STEERMOE_SIMD=AVX2 names none" in text and text.rstrip().endswith("FAILED")
+
+
 @pytest.mark.usefixtures("only_reference")
 @pytest.mark.parametrize(
     "function, result", [("steer_forward", 0), ("steer_forward", 2), ("steer_backward", 3)], ids=["y", "gates", "dvectors"]

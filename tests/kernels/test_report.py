@@ -143,6 +143,7 @@ def test_without_matplotlib_the_table_is_written(
         ('{"benchmarks": [{"group": "a", "stats": {"median": 1}, "extra_info": {}}]}', "it lacks 'q1'"),
         ('{"benchmarks": [7]}', "not one of this folder's"),
         (json.dumps({"benchmarks": [entry("another one", "ours", 1.0)]}), "only another one"),
+        (json.dumps({"benchmarks": [entry("steer large-v3 forward", "ours", 0.0)]}), "with a median of 0 s: steer large-v3 forward, ours"),
     ],
 )
 def test_a_file_that_will_not_do(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import tracemalloc
 from itertools import pairwise
@@ -50,6 +51,18 @@ def test_any_format(tmp_path: Path, name: str, options: dict[str, str], error: f
     assert len(samples) == 16000
     assert np.abs(samples - tone(1.0, 16000))[1000:-1000].max() < error
     assert np.array_equal(load_audio((tmp_path / name).read_bytes()), samples)
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    """Linux takes any bytes for a name; Python shows those that are no UTF-8 by surrogates."""
+    path = tmp_path / os.fsdecode(b"\xff.wav")
+    soundfile.write(tmp_path / "a.wav", tone(0.5, 16000), 16000)
+    try:
+        (tmp_path / "a.wav").rename(path)
+    except OSError:
+        pytest.skip("this file system takes only names that are text")
+    for name in (path, str(path)):
+        assert np.abs(load_audio(name, 16000) - tone(0.5, 16000)).max() < 1e-4
 
 
 def test_stereo_is_the_mean_of_its_channels(tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ def test_stereo_and_shorter_pieces(tmp_path: Path) -> None:
     assert transcript.text == WORDS and len(transcript.segments) >= 4
     assert max(segment.end - segment.start for segment in transcript.segments) <= 1.5
     assert max(model.batches) == 2
-    for wrong in (0, -1.0, 5.1):
-        with pytest.raises(ValueError, match="max_seconds must be above 0 and at most the encoder's 5"):
+    for wrong in (0, -1.0, 0.001, 5.1):
+        with pytest.raises(ValueError, match=r"max_seconds must be at least 0\.1 and at most the encoder's 5"):
             transcribe(model, ToneProcessor(), tmp_path / "a.wav", max_seconds=wrong)
 
 
@@ -258,7 +258,7 @@ def test_pieces_leave_the_language_model_room(narrow: tuple[Any, SteerMoEProcess
     assert transcript.segments[-1].end == pytest.approx(5.3) and len(transcript.segments) >= 4
     assert max(segment.end - segment.start for segment in transcript.segments) <= longest
     assert min(asked) >= 20 and max(asked) < 40
-    with pytest.raises(ValueError, match=r"max_seconds must be above 0 and at most the language model's 1\.6, got 1\.9"):
+    with pytest.raises(ValueError, match=r"max_seconds must be at least 0\.1 and at most the language model's 1\.6, got 1\.9"):
         transcribe(model, processor, tmp_path / "a.wav", prompt="What?", max_seconds=1.9)
     with pytest.raises(ValueError, match=r"the prompt has \d+ tokens, and the language model takes \d+: too few are left"):
         transcribe(model, processor, tmp_path / "a.wav", prompt="What is being said in this recording?")

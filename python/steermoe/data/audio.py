@@ -266,7 +266,8 @@ def _opened(source: AudioSource) -> Iterator[Any]:
         return
     size = _size(held, name)
     try:
-        file = soundfile.SoundFile(io.BytesIO(held) if isinstance(held, bytes) else os.fspath(held))
+        # As bytes: soundfile encodes a name as it likes, and a name may be of bytes that are no text.
+        file = soundfile.SoundFile(io.BytesIO(held) if isinstance(held, bytes) else os.fsencode(held))
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{name} is not audio that soundfile reads ({error.error_string.rstrip('.')})") from error
     with file:
