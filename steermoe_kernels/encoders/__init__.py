@@ -11,16 +11,17 @@ Kinds of encoder are modules in this folder, one each, found by what they define
 ``width(encoder) -> int``
     Optional: the stream's width D, where `layered.width_of` does not find it in the encoder's config or its layers' norms, or finds
     another.
-``steer(encoder, aligner, pool, pool_size) -> None``
-    Everything has been checked, and ``aligner`` is ``encoder.steering`` already. Exchanges the classes of modules for `stream.Steered`
-    ones (`class_swap.swap`) or registers hooks of classes defined in this folder; `unsteer_encoder` undoes both without being told, and
-    so does `steer_encoder` if this raises. A kind that differs only in where its layers are ends in
-    ``layered.steer(encoder, aligner, pool, pool_size, members=layers(encoder))``, by hooks on every layer, the last of which pools.
+``steer(encoder, steering) -> None``
+    Everything has been checked, and the aligner is ``encoder.steering`` already; ``steering``, a `steering.Steering`, says at each pass
+    which it is by then, and what to pool. Exchanges the classes of modules for `stream.Steered` ones (`class_swap.swap`) or registers
+    hooks of classes defined in this folder; `unsteer_encoder` undoes both without being told, and so does `steer_encoder` if this raises.
+    A kind that differs only in where its layers are ends in ``layered.steer(encoder, steering, members=layers(encoder))``, by hooks on
+    every layer, the last of which pools.
 
 The fused path, ``add -> steer -> norm`` in one pass, is for pre-norm encoders whose forward the file knows: a `stream.SteeredLayer` whose
 forward ends in ``self.steer(x, residual, encoder_pass)``; `stream.place_layers` with the norm that reads the stream after each layer; and
 in ``takes``, which must be exact, `stream.fusible_norm` for each norm and `stream.all_distinct`. An encoder with a class of its own begins
-with `stream.enter_checkpoints`, if it is transformers', and `stream.begin_pass`, whose result it hands to every layer, and ends with
+with `stream.begin_pass`, whose result it hands to every layer, and `stream.enter_checkpoints`, if it is transformers', and ends with
 `stream.release`, if it returns hidden states. What else it returns for each frame, such as a mask, is its file's to pool as the stream is
 pooled. `openai_whisper.py` is the shortest example.
 """
@@ -42,6 +43,7 @@ from ..modules import FusedSteerMoE
 from .class_swap import unswap
 from .layered import width_of
 from .patching import patch_steermoe
+from .steering import Steering
 from .stream import Steered
 
 __all__ = ["EncoderShape", "describe_encoder", "patch_steermoe", "steer_encoder", "unsteer_encoder"]
@@ -59,7 +61,8 @@ class EncoderShape(NamedTuple):
 def steer_encoder(encoder: nn.Module, aligner: FusedSteerMoE, *, pool: str | None = None, pool_size: int = 1) -> nn.Module:
     """Steer the output of every layer of this encoder, in place, and return it.
 
-    The aligner becomes the submodule ``encoder.steering``, so ``parameters()``, ``to()``, ``state_dict()`` and copies include it.
+    The aligner becomes the submodule ``encoder.steering``, so ``parameters()``, ``to()``, ``state_dict()`` and copies include it. Each
+    pass asks for it anew: another of the same width and number of layers may be assigned, or a wrapper that forwards its attributes.
     transformers' ``WhisperEncoder`` and openai-whisper's ``AudioEncoder`` run ``add -> steer -> norm`` as one pass a layer and take inputs
     of any length up to the model's maximum; any other encoder whose layers sit in one ``nn.ModuleList`` is steered after each layer, by
     hooks. With ``pool`` "max" or "mean" the stream is pooled over ``pool_size`` frames after the last layer's steering, before whatever
@@ -85,7 +88,7 @@ def steer_encoder(encoder: nn.Module, aligner: FusedSteerMoE, *, pool: str | Non
     encoder.add_module("steering", aligner)
     encoder.__dict__[_MARK] = True
     try:
-        kind.steer(encoder, aligner, pool, pool_size)
+        kind.steer(encoder, Steering(encoder, aligner, pool, pool_size))
     except BaseException:
         _undo(encoder)
         raise

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ..modules import FusedSteerMoE
 from . import layered
+from .steering import Steering
 
 PRIORITY = 5
 
@@ -30,5 +30,5 @@ def layers(encoder: nn.Module) -> list[nn.Module]:
     return layered.layers(encoder)
 
 
-def steer(encoder: Any, aligner: FusedSteerMoE, pool: str | None, pool_size: int) -> None:
-    layered.steer(encoder, aligner, pool, pool_size, written=encoder.num_layers // 2 - 1)
+def steer(encoder: Any, steering: Steering) -> None:
+    layered.steer(encoder, steering, written=encoder.num_layers // 2 - 1)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_stream
-from ..modules import FusedSteerMoE
 from .class_swap import swap
+from .steering import Steering
 from .stream import Steered, pooled
 
 PRIORITY = 0
@@ -33,9 +33,9 @@ _LAYERDROPS = ("speech_encoder_layerdrop", "layerdrop", "encoder_layerdrop")  # 
 
 @dataclass(eq=False)
 class Pass:
-    """A steered encoder that is running, known by its aligner, and the frames that its last layer returned and was pooled to, if it has."""
+    """A steered encoder that is running, by its steering, and the frames that its last layer returned and was pooled to, if it has."""
 
-    aligner: weakref.ref[FusedSteerMoE]
+    steering: weakref.ref[Steering]
     returned: int = 0
     pooled: int | None = None
 
@@ -43,13 +43,13 @@ class Pass:
 _passes: ContextVar[tuple[Pass, ...]] = ContextVar("_passes", default=())  # of this thread, the innermost last
 
 
-def _pass_of(aligner: FusedSteerMoE) -> Pass | None:
-    return next((each for each in reversed(_passes.get()) if each.aligner() is aligner), None)
+def _pass_of(steering: Steering) -> Pass | None:
+    return next((each for each in reversed(_passes.get()) if each.steering() is steering), None)
 
 
-def _end_pass(aligner: FusedSteerMoE) -> None:
-    """Forgets the passes under this aligner, one that an interrupt has left behind among them, and those whose encoders are gone."""
-    _passes.set(tuple(each for each in _passes.get() if each.aligner() not in (aligner, None)))
+def _end_pass(steering: Steering) -> None:
+    """Forgets the passes of this encoder, one that an interrupt has left behind among them, and those whose encoders are gone."""
+    _passes.set(tuple(each for each in _passes.get() if each.steering() not in (steering, None)))
 
 
 def takes(encoder: nn.Module) -> bool:
@@ -65,15 +65,13 @@ def layers(encoder: nn.Module) -> list[nn.Module]:
 
 def steer(
     encoder: nn.Module,
-    aligner: FusedSteerMoE,
-    pool: str | None,
-    pool_size: int,
+    steering: Steering,
     *,
     members: list[nn.Module] | None = None,
     written: int | None = None,
 ) -> None:
     """For kinds that know more: ``members`` are the layers, in order; ``written`` is the one into whose output the encoder writes."""
-    owner = encoder
+    owner, pool = encoder, steering.pool
     if members is None:
         owner, members = _find_layers(encoder)
     if pool is not None and any(_is_time_first(member) for member in members):
@@ -82,12 +80,12 @@ def steer(
             "(batch, time, width): make them with batch_first=True, or pool what the encoder returns"
         )
     for index, member in enumerate(members):
-        here = pool if index == len(members) - 1 else None
+        pools = pool is not None and index == len(members) - 1
         # Before the hooks that are there already, so that they see the steered stream.
-        member.register_forward_hook(SteerAfter(aligner, index, here, pool_size, index == written), prepend=True)
+        member.register_forward_hook(SteerAfter(steering, index, pools, index == written), prepend=True)
     if pool is not None:
-        encoder.register_forward_pre_hook(NeedsEveryLayer(owner))
-        encoder.register_forward_hook(PooledOnce(), prepend=True, always_call=True)  # before hooks that change the output
+        encoder.register_forward_pre_hook(NeedsEveryLayer(steering, owner))
+        encoder.register_forward_hook(PooledOnce(steering), prepend=True, always_call=True)  # before hooks that change the output
     if isinstance(owner, nn.TransformerEncoder):
         swap(owner, KeepsPadding)
 
@@ -117,13 +115,13 @@ class KeepsPadding(Steered):
 
 
 class SteerAfter:
-    """Forward hook: steers a layer's output, or the first of several outputs, and after the last layer pools it.
+    """Forward hook: steers a layer's output, or the first of several outputs, and where it ``pools``, after the last layer, pools it.
 
     ``written`` tells that the encoder writes into the output: it gets a copy then, where the backward needs the steered stream.
     """
 
-    def __init__(self, aligner: FusedSteerMoE, layer: int, pool: str | None, pool_size: int, written: bool = False) -> None:
-        self.aligner, self.layer, self.pool, self.pool_size, self.written = aligner, layer, pool, pool_size, written
+    def __init__(self, steering: Steering, layer: int, pools: bool, written: bool) -> None:
+        self.steering, self.layer, self.pools, self.written = steering, layer, pools, written
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
@@ -137,14 +135,15 @@ class SteerAfter:
         raise TypeError(f"a steered layer must return a tensor, or several in a tuple, list or mapping, got {type(output).__name__}")
 
     def _steer(self, h: Tensor) -> Tensor:
-        y = self.aligner(h, self.layer)
+        y = self.steering.aligner(h, self.layer)
         if self.written and y.requires_grad:
             y = y.clone()
-        if self.pool is None:
+        pool = self.steering.pool
+        if not self.pools or pool is None:
             return y
         check_stream("the last layer's output", y, rank=3)
-        returned, y = y.shape[1], pooled(y, self.pool, self.pool_size)
-        if not torch.compiler.is_compiling() and (running := _pass_of(self.aligner)) is not None:
+        returned, y = y.shape[1], pooled(y, pool, self.steering.pool_size)
+        if not torch.compiler.is_compiling() and (running := _pass_of(self.steering)) is not None:
             if running.pooled is not None:
                 raise RuntimeError(
                     "the last layer has run more than once in one pass of the encoder, and pooling is for encoders that run it once, on "
@@ -157,15 +156,15 @@ class SteerAfter:
 class NeedsEveryLayer:
     """Forward pre-hook: pooling comes after the last layer, so a step that may leave that layer out would not be pooled."""
 
-    def __init__(self, owner: nn.Module) -> None:
-        self.owner = owner
+    def __init__(self, steering: Steering, owner: nn.Module) -> None:
+        self.steering, self.owner = steering, owner
 
     def __call__(self, module: Any, args: Any) -> None:
         if module.training and (name := self._layerdrop(module)):
             raise RuntimeError(f"pooling after the last layer needs every layer to run: set {name} to 0 to train this encoder")
         if not torch.compiler.is_compiling():
-            _end_pass(module.steering)
-            _passes.set((*_passes.get(), Pass(weakref.ref(module.steering))))
+            _end_pass(self.steering)
+            _passes.set((*_passes.get(), Pass(weakref.ref(self.steering))))
 
     def _layerdrop(self, module: nn.Module) -> str | None:
         """The name of a setting that is not zero: the modules' own, or their configs' where they have none."""
@@ -180,16 +179,19 @@ class NeedsEveryLayer:
 class PooledOnce:
     """Forward hook: RuntimeError for an encoder that returns its stream in the length that it had before it was pooled, or longer."""
 
+    def __init__(self, steering: Steering) -> None:
+        self.steering = steering
+
     def __call__(self, module: Any, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or (running := _pass_of(module.steering)) is None:
+        if torch.compiler.is_compiling() or (running := _pass_of(self.steering)) is None:
             return
-        _end_pass(module.steering)
+        _end_pass(self.steering)
         if running.pooled in (None, running.returned):
             return
         if isinstance(output, Mapping):
             output = tuple(output.values())
         outputs = output if isinstance(output, (tuple, list)) else (output,)
-        width = module.steering.feature_dim
+        width = self.steering.feature_dim
         streams = [each for each in outputs if isinstance(each, Tensor) and each.dim() == 3 and each.shape[-1] == width]
         if streams and all(stream.shape[1] >= running.returned for stream in streams):
             raise RuntimeError(

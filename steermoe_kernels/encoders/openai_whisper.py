@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules import FusedSteerMoE
 from .class_swap import swap
+from .steering import Steering
 from .stream import EncoderPass, Steered, SteeredLayer, all_distinct, begin_pass, fusible_norm, in_rows, place_layers
 
 PRIORITY = 10
@@ -36,10 +36,10 @@ def layers(encoder: Any) -> list[nn.Module]:
     return list(encoder.blocks)
 
 
-def steer(encoder: Any, aligner: FusedSteerMoE, pool: str | None, pool_size: int) -> None:
+def steer(encoder: Any, steering: Steering) -> None:
     norms = [*(block.attn_ln for block in encoder.blocks[1:]), encoder.ln_post]
-    place_layers(list(encoder.blocks), norms, SteeredBlock, aligner, pool, pool_size)
-    swap(encoder, SteeredAudioEncoder)
+    place_layers(list(encoder.blocks), norms, SteeredBlock, steering)
+    swap(encoder, SteeredAudioEncoder, _steering=steering)
 
 
 class SteeredBlock(SteeredLayer):
@@ -62,6 +62,8 @@ class SteeredBlock(SteeredLayer):
 class SteeredAudioEncoder(Steered):
     """``AudioEncoder``, steered. The library's forward accepts the full length only; its few lines are here, with positions cut to size."""
 
+    _added: ClassVar[tuple[str, ...]] = ("_steering",)
+
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, mel bins, M), M up to twice the positions. ValueError for any other shape, TypeError for what is no tensor."""
         bins, longest = self.conv1.in_channels, self.positional_embedding.shape[0] * self.conv2.stride[0]
@@ -74,7 +76,7 @@ class SteeredAudioEncoder(Steered):
         x = F.gelu(self.conv1(x))
         x = F.gelu(self.conv2(x)).permute(0, 2, 1)
         x = (x + self.positional_embedding[: x.shape[1]]).to(x.dtype)
-        encoder_pass = begin_pass(self.steering, self.blocks)
+        encoder_pass = begin_pass(self, self._steering, self.blocks)
         for block in self.blocks:
             x = block(x, encoder_pass=encoder_pass)
         return self.ln_post(x)

@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..modules import FusedSteerMoE, LayerParameters
 from ..reference import compute_dtype, pool_frames
 from .class_swap import Swapped, swap
+from .steering import Steering
 
 __all__ = [
     "EncoderPass",
@@ -40,6 +41,7 @@ __all__ = [
 class EncoderPass(NamedTuple):
     """What an encoder gives its layers for one forward."""
 
+    aligner: FusedSteerMoE
     parameters: list[LayerParameters]  # cut once, so that autograd stacks the gradients of the slices once
     unobserved: bool  # no hook sees the stream between layers
 
@@ -48,7 +50,7 @@ class EncoderPass(NamedTuple):
 class Place:
     """Where a layer stands: its number, and the norm that reads the stream after it. Not a module, so nothing is registered twice."""
 
-    aligner: FusedSteerMoE
+    steering: Steering
     layer: int
     norm: nn.Module
     pool: str | None
@@ -93,10 +95,11 @@ class SteeredLayer(Steered):
         ``encoder_pass`` is None for a layer that is called by itself.
         """
         place: Place = self._place
+        aligner = place.steering.aligner if encoder_pass is None else encoder_pass.aligner
         dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         if not self._may_hand_over(x.device, dtype, encoder_pass):
-            return place.aligner(x if residual is None else residual + x, place.layer)
-        y, normed = place.aligner.steer_norm(
+            return aligner(x if residual is None else residual + x, place.layer)
+        y, normed = aligner.steer_norm(
             x,
             place.layer,
             place.norm,
@@ -145,21 +148,20 @@ def place_layers(
     layers: Sequence[nn.Module],
     norms: Sequence[nn.Module],
     mixin: type[SteeredLayer],
-    aligner: FusedSteerMoE,
-    pool: str | None,
-    pool_size: int,
+    steering: Steering,
 ) -> None:
     """Exchange the classes of ``layers`` and of the ``norms`` that read the stream after each of them; the last norm pools."""
     for index, (layer, norm) in enumerate(zip(layers, norms, strict=True)):
-        here = pool if index == len(layers) - 1 else None
-        swap(layer, mixin, _place=Place(aligner, index, norm, here, pool_size if here else 1))
-        swap(norm, SteeredNorm, _pool=here, _pool_size=pool_size)
+        pool, pool_size = (steering.pool, steering.pool_size) if index == len(layers) - 1 else (None, 1)
+        swap(layer, mixin, _place=Place(steering, index, norm, pool, pool_size))
+        swap(norm, SteeredNorm, _pool=pool, _pool_size=pool_size)
 
 
-def begin_pass(aligner: FusedSteerMoE, layers: Iterable[nn.Module]) -> EncoderPass:
-    """Cut the parameters for one forward through ``layers``."""
+def begin_pass(encoder: nn.Module, steering: Steering, layers: Iterable[nn.Module]) -> EncoderPass:
+    """Cut the parameters for one forward of ``encoder`` through ``layers``. Raises as `Steering.aligner_of`."""
+    aligner = steering.aligner_of(encoder)
     unobserved = not (_has_any_global_hook() or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers))
-    return EncoderPass(aligner.layer_parameters(), unobserved)
+    return EncoderPass(aligner, aligner.layer_parameters(), unobserved)
 
 
 def enter_checkpoints(aligner: FusedSteerMoE, layers: Iterable[Any], x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules import FusedSteerMoE
 from .class_swap import swap
+from .steering import Steering
 from .stream import (
     EncoderPass,
     Steered,
@@ -57,10 +57,10 @@ def layers(encoder: Any) -> list[nn.Module]:
     return list(encoder.layers)
 
 
-def steer(encoder: Any, aligner: FusedSteerMoE, pool: str | None, pool_size: int) -> None:
+def steer(encoder: Any, steering: Steering) -> None:
     norms = [*(layer.self_attn_layer_norm for layer in encoder.layers[1:]), encoder.layer_norm]
-    place_layers(list(encoder.layers), norms, SteeredWhisperLayer, aligner, pool, pool_size)
-    swap(encoder, SteeredWhisperEncoder)
+    place_layers(list(encoder.layers), norms, SteeredWhisperLayer, steering)
+    swap(encoder, SteeredWhisperEncoder, _steering=steering)
 
 
 class SteeredWhisperLayer(SteeredLayer):
@@ -93,6 +93,7 @@ class SteeredWhisperLayer(SteeredLayer):
 class SteeredWhisperEncoder(Steered):
     """``WhisperEncoder``, steered. The library's own forward runs inputs of full length, `_forward_any` shorter and masked ones."""
 
+    _added: ClassVar[tuple[str, ...]] = ("_steering",)
     _forward_any: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -122,8 +123,8 @@ class SteeredWhisperEncoder(Steered):
                 f"attention_mask must be (batch, frames), {(input_features.shape[0], input_features.shape[2])}, "
                 f"got {tuple(attention_mask.shape)}"
             )
-        input_features = enter_checkpoints(self.steering, self.layers, input_features)
-        kwargs["encoder_pass"] = begin_pass(self.steering, self.layers)
+        kwargs["encoder_pass"] = begin_pass(self, self._steering, self.layers)
+        input_features = enter_checkpoints(kwargs["encoder_pass"].aligner, self.layers, input_features)
         if input_features.shape[2] == longest and attention_mask is None:
             output = super().forward(input_features, **kwargs)
         else:

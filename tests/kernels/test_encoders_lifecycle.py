@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -327,6 +329,156 @@ def test_a_saved_hidden_state_takes_nothing_along() -> None:
     assert copy.deepcopy(outputs[0])._steered is None
 
 
+def layers_of(encoder: nn.Module) -> nn.ModuleList:
+    return encoder.layers if hasattr(encoder, "layers") else encoder.blocks
+
+
+# --- another aligner in the place of the first ------------------------------------------------------------------------------------------
+
+
+class Trained(nn.Module):
+    """As peft wraps a module of ``modules_to_save``: it trains a copy, and forwards attributes to what it has in use."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original_module, self.trained, self.enabled = module, copy.deepcopy(module), True
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.trained if self.enabled else self.original_module, name)
+
+
+@pytest.mark.parametrize("pooling", [{}, {"pool": "max", "pool_size": 3}], ids=["unpooled", "pooled"])
+def test_another_aligner_steers_from_the_next_pass_on(encoder: nn.Module, x: Tensor, pooling: dict[str, Any]) -> None:
+    before, plain = snapshot(encoder), run(encoder, x)
+    other, first = aligner_for(encoder, top_k=1), aligner_for(encoder)
+    expected = run(steer_encoder(copy.deepcopy(encoder), copy.deepcopy(other), **pooling), x)
+    steer_encoder(encoder, first, **pooling)
+    steered = run(encoder, x)
+    encoder.steering = other
+    with other.record_gates() as gates, first.record_gates() as none:
+        assert torch.equal(run(encoder, x), expected) and not torch.equal(expected, steered)
+    assert len(gates) == LAYERS and not none
+    run(encoder, x).sum().backward()
+    assert other.steering_vectors.grad is not None and first.steering_vectors.grad is None
+    for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert torch.equal(run(twin, x), expected)
+        twin.steering = copy.deepcopy(first)
+        assert torch.equal(run(twin, x), steered) and torch.equal(run(encoder, x), expected)
+    unsteer_encoder(encoder)
+    assert snapshot(encoder) == before and torch.equal(run(encoder, x), plain)
+
+
+def test_a_layer_called_by_hand_is_steered_by_the_aligner_there_is(kind: str) -> None:
+    encoder = KINDS[kind][0]().eval()
+    h, layer = torch.randn(2, 7, WIDTH), layers_of(encoder)[1]
+    more = (None,) if type(encoder).__name__ == "WhisperEncoder" else ()
+    plain = layer(h, *more)
+    steer_encoder(encoder, aligner_for(encoder))
+    encoder.steering = other = aligner_for(encoder, top_k=1)
+    expected = other(plain, 1)
+    torch.testing.assert_close(layer(h, *more), expected)
+    del encoder
+    gc.collect()
+    torch.testing.assert_close(layer(h, *more), expected)
+
+
+def test_a_wrapper_that_trains_a_copy_of_the_aligner(encoder: nn.Module, x: Tensor) -> None:
+    plain = run(encoder, x)
+    steer_encoder(encoder, aligner_for(encoder))
+    steered = run(encoder, x)
+    encoder.steering = wrapper = Trained(encoder.steering)
+    assert torch.equal(run(encoder, x), steered)
+    run(encoder, x).sum().backward()
+    assert wrapper.trained.steering_vectors.grad.any() and wrapper.original_module.steering_vectors.grad is None
+    with torch.no_grad():
+        wrapper.trained.layer_scales.zero_()
+    torch.testing.assert_close(run(encoder, x), plain)
+    wrapper.enabled = False
+    assert torch.equal(run(encoder, x), steered)
+    assert torch.equal(run(unsteer_encoder(encoder), x), plain)
+
+
+def test_pefts_modules_to_save(encoder: nn.Module, x: Tensor) -> None:
+    peft = pytest.importorskip("peft")
+    plain = run(encoder, x)
+    steer_encoder(encoder, aligner_for(encoder))
+    steered = run(encoder, x)
+    target = {"WhisperEncoder": "q_proj", "AudioEncoder": "query", "Encoder": "linear"}[type(encoder).__name__]
+    model = peft.get_peft_model(encoder, peft.LoraConfig(target_modules=[target], modules_to_save=["steering"]))
+    assert torch.equal(run(encoder, x), steered)
+    run(encoder, x).sum().backward()
+    trained = encoder.steering.modules_to_save["default"]
+    assert trained.steering_vectors.grad.any() and encoder.steering.original_module.steering_vectors.grad is None
+    with torch.no_grad():
+        trained.layer_scales.zero_()
+    torch.testing.assert_close(run(encoder, x), plain)
+    with model.disable_adapter():
+        torch.testing.assert_close(run(encoder, x), steered)
+    model.merge_and_unload()
+    assert encoder.steering is trained
+    torch.testing.assert_close(run(encoder, x), plain)
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "said"),
+    [
+        (lambda: FusedSteerMoE(WIDTH + 1, 4, LAYERS), ValueError, "in 3 layers of width 12, its new aligner has 3 of width 13"),
+        (lambda: FusedSteerMoE(WIDTH, 4, LAYERS - 1), ValueError, "in 3 layers of width 12, its new aligner has 2 of width 12"),
+        (lambda: reference.SteerMoEAligner(WIDTH, 4, LAYERS), TypeError, "must be a FusedSteerMoE, .* got SteerMoEAligner"),
+        (nn.Identity, TypeError, "must be a FusedSteerMoE, .* got Identity"),
+        (lambda: None, RuntimeError, "its aligner, the submodule steering, is gone"),
+    ],
+)
+def test_a_new_aligner_that_does_not_fit(encoder: nn.Module, x: Tensor, other: Any, error: Any, said: str) -> None:
+    first = aligner_for(encoder)
+    steer_encoder(encoder, first)
+    y = run(encoder, x)
+    encoder.steering = other()
+    with pytest.raises(error, match=said):
+        run(encoder, x)
+    encoder.steering = first
+    assert torch.equal(run(encoder, x), y)
+
+
+def test_a_deleted_aligner(encoder: nn.Module, x: Tensor) -> None:
+    steer_encoder(encoder, aligner_for(encoder))
+    del encoder.steering
+    with pytest.raises(RuntimeError, match="is gone: put it back, or call unsteer_encoder"):
+        run(encoder, x)
+
+
+def test_an_encoder_is_freed_when_it_is_let_go(kind: str) -> None:
+    encoder, x = KINDS[kind][0](), KINDS[kind][1]()
+    steer_encoder(encoder, aligner_for(encoder))
+    run(encoder, x).sum().backward()
+    gone, parts = weakref.ref(encoder), weakref.ref(layers_of(encoder)[0])
+    gc.disable()
+    try:
+        del encoder
+        assert gone() is None and parts() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.unpoisoned
+def test_a_compiled_encoder_is_steered_by_the_aligner_there_is(encoder: nn.Module, x: Tensor) -> None:
+    torch._dynamo.reset()
+    plain = run(encoder, x)
+    steer_encoder(encoder, aligner_for(encoder))
+    steered, first = run(encoder, x), encoder.steering
+    other = copy.deepcopy(first)
+    nn.init.zeros_(other.layer_scales)
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled, x), steered)
+    encoder.steering = other
+    torch.testing.assert_close(run(compiled, x), plain)
+    encoder.steering = Trained(first)
+    torch.testing.assert_close(run(compiled, x), steered)
+
+
 class Chain(nn.Module):
     """No list of layers, which no kind knows."""
 
@@ -349,8 +501,8 @@ def layers(encoder): return [encoder.first, encoder.second]
 
 def width(encoder): return encoder.first.norm.normalized_shape[0]
 
-def steer(encoder, aligner, pool, pool_size):
-    layered.steer(encoder, aligner, pool, pool_size, members=layers(encoder))
+def steer(encoder, steering):
+    layered.steer(encoder, steering, members=layers(encoder))
 """
 
 
