@@ -140,14 +140,17 @@ class FusedSteerMoE(nn.Module):
             _check_tensors("router", weight=router.weight, bias=router.bias)
             raise
 
-    def forward(self, h: Tensor, layer: int = 0, *, return_gates: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, h: Tensor, layer: int = 0, *, return_gates: bool = False, parameters: LayerParameters | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Steer ``h`` (..., D) with the experts of ``layer``: ``y = h + s (g V)`` in ``h``'s shape and dtype.
 
-        With ``return_gates`` also ``g`` (..., E), float32 (float64 of a float64 stream). IndexError if there is no such layer; dtypes and
-        other errors as `functional.steer`.
+        With ``return_gates`` also ``g`` (..., E), float32 (float64 of a float64 stream). ``parameters``: the layer's slices, where
+        `layer_parameters` has cut them already. IndexError if there is no such layer; dtypes and other errors as `functional.steer`.
         """
         check_width("h", h, self.feature_dim)
-        y, gates = SF.steer(h, *self.layer(layer), top_k=self.top_k, renormalize=self.renormalize, backend=self.backend)
+        slices = self.layer(layer) if parameters is None else parameters
+        y, gates = SF.steer(h, *slices, top_k=self.top_k, renormalize=self.renormalize, backend=self.backend)
         self.record(layer, gates)
         return (y, gates) if return_gates else y
 

@@ -21,9 +21,8 @@ Kinds of encoder are modules in this folder, one each, found by what they define
 The fused path, ``add -> steer -> norm`` in one pass, is for pre-norm encoders whose forward the file knows: a `stream.SteeredLayer` whose
 forward ends in ``self.steer(x, residual, encoder_pass)``; `stream.place_layers` with the norm that reads the stream after each layer; and
 in ``takes``, which must be exact, `stream.fusible_norm` for each norm and `stream.all_distinct`. An encoder with a class of its own begins
-with `stream.begin_pass`, whose result it hands to every layer, and `stream.enter_checkpoints`, if it is transformers', and ends with
-`stream.release`, if it returns hidden states. What else it returns for each frame, such as a mask, is its file's to pool as the stream is
-pooled. `openai_whisper.py` is the shortest example.
+with `stream.begin_pass`, whose result it hands to every layer, and `stream.enter_checkpoints`, if it is transformers'. What else it returns
+for each frame, such as a mask, is its file's to pool as the stream is pooled. `openai_whisper.py` is the shortest example.
 """
 
 from __future__ import annotations

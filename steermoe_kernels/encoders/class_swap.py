@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
 from torch import nn
 
-__all__ = ["Swapped", "swap", "unswap"]
+__all__ = ["Swapped", "has_forward_of_its_own", "swap", "unswap"]
 
 
 class Swapped(nn.Module):
@@ -54,6 +54,15 @@ def _swapped_class(mixin: type[nn.Module], plain: type[nn.Module]) -> Any:
         names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
         _classes[mixin, plain] = type(plain.__name__, (mixin, plain), {**names, "_mixin": mixin, "_plain": plain})
     return _classes[mixin, plain]
+
+
+def has_forward_of_its_own(module: nn.Module) -> bool:
+    """Whether somebody has put another forward before that of the module's class.
+
+    Who takes such a wrapper off may leave the class's own there, as a method of this instance; that counts for nothing.
+    """
+    own = module.__dict__.get("forward")
+    return own is not None and (getattr(own, "__self__", None) is not module or own.__func__ is not type(module).forward)
 
 
 def _blank(mixin: type[Swapped], plain: type[nn.Module]) -> nn.Module:

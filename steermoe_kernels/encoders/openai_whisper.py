@@ -37,9 +37,13 @@ def layers(encoder: Any) -> list[nn.Module]:
 
 
 def steer(encoder: Any, steering: Steering) -> None:
-    norms = [*(block.attn_ln for block in encoder.blocks[1:]), encoder.ln_post]
-    place_layers(list(encoder.blocks), norms, SteeredBlock, steering)
+    place_layers(layers(encoder), _norms(encoder), SteeredBlock, steering)
     swap(encoder, SteeredAudioEncoder, _steering=steering)
+
+
+def _norms(encoder: Any) -> list[Any]:
+    """The norms that read the stream after each block."""
+    return [*(getattr(block, "attn_ln", None) for block in list(encoder.blocks)[1:]), encoder.ln_post]
 
 
 class SteeredBlock(SteeredLayer):
@@ -76,7 +80,7 @@ class SteeredAudioEncoder(Steered):
         x = F.gelu(self.conv1(x))
         x = F.gelu(self.conv2(x)).permute(0, 2, 1)
         x = (x + self.positional_embedding[: x.shape[1]]).to(x.dtype)
-        encoder_pass = begin_pass(self, self._steering, self.blocks)
+        encoder_pass = begin_pass(self, self._steering, layers(self), _norms(self))
         for block in self.blocks:
             x = block(x, encoder_pass=encoder_pass)
         return self.ln_post(x)

@@ -2,14 +2,19 @@
 
 A pre-norm encoder adds each layer's last product to the stream, and the next layer begins by normalising that sum. The pass after layer
 ``l`` computes both, ``y = u + s (g V)`` with ``u = x + r``, and ``n = norm(y)`` with the norm of layer ``l + 1`` (the encoder's final
-one after the last layer). The layer returns ``y``, as it must for hooks and collected hidden states, with ``n`` tied to it; that norm,
-given ``y``, returns ``n``. It computes for itself whenever its input is another tensor, or ``y`` has been written to since, or ``n`` was
-made under another autograd mode: so a hook that replaces the hidden states, a skipped layer and a layer called alone are all right.
+one after the last layer). The layer returns ``y`` with ``n`` tied to it; that norm, given ``y``, returns ``n``. It computes for itself
+whenever its input is another tensor, as after a skipped layer, or ``y`` has been written to since, or ``n`` was made under another
+autograd mode.
+
+``n`` is a result of the pass and not of ``y``: no gradient goes from it to ``y``, and what is written to ``y`` past autograd, through
+``.data`` or numpy, does not reach it. So frames are handed over only where nobody outside sees ``y``, which `begin_pass` decides for the
+whole pass: with a hook on a layer or on a norm that reads the stream, with collected hidden states, or for a layer that is called by
+hand, the stream is steered alone and each norm computes for itself, as in the unsteered encoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..modules import FusedSteerMoE, LayerParameters
 from ..reference import compute_dtype, pool_frames
-from .class_swap import Swapped, swap
+from .class_swap import Swapped, has_forward_of_its_own, swap
 from .steering import Steering
 
 __all__ = [
@@ -34,7 +39,6 @@ __all__ = [
     "in_rows",
     "place_layers",
     "pooled",
-    "release",
 ]
 
 
@@ -43,7 +47,7 @@ class EncoderPass(NamedTuple):
 
     aligner: FusedSteerMoE
     parameters: list[LayerParameters]  # cut once, so that autograd stacks the gradients of the slices once
-    unobserved: bool  # no hook sees the stream between layers
+    hands_over: bool  # nobody outside sees the stream between layers
 
 
 @dataclass(eq=False)
@@ -67,13 +71,6 @@ class Handover:
     grad_enabled: bool
     requires_grad: bool
 
-    def __reduce__(self) -> Any:
-        return _nothing, ()  # a stream that is saved or copied takes none of this along
-
-
-def _nothing() -> None:
-    return None
-
 
 def _writes_go_unnoticed() -> bool:
     """In inference mode tensors do not count the writes to them, and a graph that is being compiled cannot branch on the count."""
@@ -90,20 +87,23 @@ class SteeredLayer(Steered):
     _added: ClassVar[tuple[str, ...]] = ("_place",)
 
     def steer(self, x: Tensor, residual: Tensor | None, encoder_pass: EncoderPass | None) -> Tensor:
-        """The layer's output: ``x + residual``, steered, with the next norm's result tied to it where that is safe.
+        """The layer's output: ``x + residual``, steered, with the next norm's result tied to it where nobody outside sees it.
 
         ``encoder_pass`` is None for a layer that is called by itself.
         """
         place: Place = self._place
-        aligner = place.steering.aligner if encoder_pass is None else encoder_pass.aligner
+        if encoder_pass is None:
+            return place.steering.aligner(x if residual is None else residual + x, place.layer)
+        aligner, parameters = encoder_pass.aligner, encoder_pass.parameters[place.layer]
         dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-        if not self._may_hand_over(x.device, dtype, encoder_pass):
-            return aligner(x if residual is None else residual + x, place.layer)
+        # Autocast may widen what a norm returns for a half-precision stream, differently from device to device.
+        if not encoder_pass.hands_over or (dtype.itemsize < 4 and torch.is_autocast_enabled(x.device.type)):
+            return aligner(x if residual is None else residual + x, place.layer, parameters=parameters)
         y, normed = aligner.steer_norm(
             x,
             place.layer,
             place.norm,
-            parameters=None if encoder_pass is None else encoder_pass.parameters[place.layer],
+            parameters=parameters,
             residual=residual,
             pool=place.pool,
             pool_size=place.pool_size,
@@ -114,14 +114,6 @@ class SteeredLayer(Steered):
         y._steered = Handover(place.norm, normed, version, torch.is_grad_enabled(), y.requires_grad)  # type: ignore[attr-defined]
         return y
 
-    def _may_hand_over(self, device: torch.device, dtype: torch.dtype, encoder_pass: EncoderPass | None) -> bool:
-        if self.training and getattr(self, "gradient_checkpointing", False):
-            return False  # a checkpoint keeps what enters it, and with the stream it would keep what is tied to it
-        if _writes_go_unnoticed() and (encoder_pass is None or not encoder_pass.unobserved):
-            return False  # a write to the stream would go unnoticed
-        # Autocast may widen what a norm returns for a half-precision stream, differently from device to device.
-        return dtype.itemsize >= 4 or not torch.is_autocast_enabled(device.type)
-
 
 class SteeredNorm(Steered):
     """A LayerNorm that returns what the pass before it computed; the final one also pools, after the last layer's steering."""
@@ -131,16 +123,16 @@ class SteeredNorm(Steered):
     def forward(self, x: Tensor) -> Tensor:
         handover = getattr(x, "_steered", None)
         if handover is not None:
+            x._steered = None  # type: ignore[attr-defined]  # the stream lives on, as the next residual and for the backward
             if self._accepts(handover, x):
                 return handover.normed
-            x._steered = None  # type: ignore[attr-defined]
         return super().forward(x if self._pool is None else pooled(x, self._pool, self._pool_size))  # type: ignore[misc]
 
     def _accepts(self, handover: Handover, x: Tensor) -> bool:
         if handover.norm is not self or handover.grad_enabled != torch.is_grad_enabled() or handover.requires_grad != x.requires_grad:
             return False
         if _writes_go_unnoticed():
-            return handover.version is None and not self._forward_pre_hooks
+            return handover.version is None
         return handover.version is not None and handover.version == x._version
 
 
@@ -157,11 +149,40 @@ def place_layers(
         swap(norm, SteeredNorm, _pool=pool, _pool_size=pool_size)
 
 
-def begin_pass(encoder: nn.Module, steering: Steering, layers: Iterable[nn.Module]) -> EncoderPass:
-    """Cut the parameters for one forward of ``encoder`` through ``layers``. Raises as `Steering.aligner_of`."""
+def begin_pass(
+    encoder: nn.Module, steering: Steering, layers: Sequence[nn.Module], norms: Sequence[Any], *, collected: bool = False
+) -> EncoderPass:
+    """Cut the parameters for one forward of ``encoder`` through ``layers``, and decide whether they hand the norms' results over.
+
+    ``norms`` read the stream after each layer, as they are now. ``collected``: the encoder returns what its layers return. Raises as
+    `Steering.aligner_of`.
+    """
     aligner = steering.aligner_of(encoder)
-    unobserved = not (_has_any_global_hook() or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers))
-    return EncoderPass(aligner, aligner.layer_parameters(), unobserved)
+    hands_over = not (collected or _has_any_global_hook()) and all(map(_is_unseen, layers, norms))
+    return EncoderPass(aligner, aligner.layer_parameters(), hands_over)
+
+
+def _is_unseen(layer: Any, norm: nn.Module) -> bool:
+    """Whether ``norm`` stands where `place_layers` put it after ``layer``, and nobody sees what passes between the two.
+
+    A checkpoint keeps what enters it, and with the stream it would keep what is tied to it.
+    """
+    if not isinstance(layer, SteeredLayer) or layer._place.norm is not norm:
+        return False
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        return False
+    return not (_is_watched(layer) or _is_watched(norm))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody's hooks, or a forward put around the module's, see what the module takes and returns."""
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or has_forward_of_its_own(module):
+        return True
+    return any(getattr(hook, "__module__", None) != _RECORDER for hook in module._forward_hooks.values())
+
+
+# Leaves its hooks on the layers for good; they look on only where hidden states are asked for, which the encoder is told.
+_RECORDER = "transformers.utils.output_capturing"
 
 
 def enter_checkpoints(aligner: FusedSteerMoE, layers: Iterable[Any], x: Tensor) -> Tensor:
@@ -203,16 +224,3 @@ def in_rows(h: Tensor) -> Tensor:
 def pooled(y: Tensor, kind: str, size: int) -> Tensor:
     """Pool over time, (B, T, D) -> (B, ceil(T / size), D), rounded once."""
     return pool_frames(y.to(compute_dtype(y.dtype)), kind, size).to(y.dtype)
-
-
-def release(output: Any) -> None:
-    """Untie what collected hidden states would otherwise keep alive."""
-    if isinstance(output, Tensor):
-        if getattr(output, "_steered", None) is not None:
-            output._steered = None  # type: ignore[attr-defined]
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            release(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            release(value)

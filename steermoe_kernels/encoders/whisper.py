@@ -22,7 +22,6 @@ from .stream import (
     fusible_norm,
     in_rows,
     place_layers,
-    release,
 )
 
 PRIORITY = 10
@@ -58,9 +57,13 @@ def layers(encoder: Any) -> list[nn.Module]:
 
 
 def steer(encoder: Any, steering: Steering) -> None:
-    norms = [*(layer.self_attn_layer_norm for layer in encoder.layers[1:]), encoder.layer_norm]
-    place_layers(list(encoder.layers), norms, SteeredWhisperLayer, steering)
+    place_layers(layers(encoder), _norms(encoder), SteeredWhisperLayer, steering)
     swap(encoder, SteeredWhisperEncoder, _steering=steering)
+
+
+def _norms(encoder: Any) -> list[Any]:
+    """The norms that read the stream after each layer."""
+    return [*(getattr(layer, "self_attn_layer_norm", None) for layer in list(encoder.layers)[1:]), encoder.layer_norm]
 
 
 class SteeredWhisperLayer(SteeredLayer):
@@ -123,14 +126,12 @@ class SteeredWhisperEncoder(Steered):
                 f"attention_mask must be (batch, frames), {(input_features.shape[0], input_features.shape[2])}, "
                 f"got {tuple(attention_mask.shape)}"
             )
-        kwargs["encoder_pass"] = begin_pass(self, self._steering, self.layers)
-        input_features = enter_checkpoints(kwargs["encoder_pass"].aligner, self.layers, input_features)
+        collected = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+        encoder_pass = begin_pass(self, self._steering, layers(self), _norms(self), collected=bool(collected))
+        input_features = enter_checkpoints(encoder_pass.aligner, self.layers, input_features)
         if input_features.shape[2] == longest and attention_mask is None:
-            output = super().forward(input_features, **kwargs)
-        else:
-            output = self._forward_any(input_features, attention_mask, **kwargs)
-        release(output)
-        return output
+            return super().forward(input_features, encoder_pass=encoder_pass, **kwargs)
+        return self._forward_any(input_features, attention_mask, encoder_pass=encoder_pass, **kwargs)
 
 
 def _forward_any(self: Any, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:

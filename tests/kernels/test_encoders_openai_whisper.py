@@ -137,6 +137,38 @@ def test_forward_hooks_that_replace_what_they_see(place: str) -> None:
         torch.testing.assert_close(ours(draw_input().float()), plain(draw_input().float()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("frames", [2 * POSITIONS, 13])
+def test_the_gradient_at_what_a_block_returns_is_whole(frames: int) -> None:
+    found = []
+    for each in (steered(plain_encoder(), torch.float32), shortened(oracle(plain_encoder(), torch.float32), frames)):
+        streams: list[Tensor] = []
+        for block in each.blocks:
+            block.register_forward_hook(lambda module, args, output, streams=streams: streams.append(output))
+        y = each(draw_input(frames).float())
+        gradients = torch.autograd.grad(y.sin().sum(), streams)
+        found.append({f"d stream {layer}": gradient for layer, gradient in enumerate(gradients)})
+    assert len(found[0]) == LAYERS
+    assert_same(*found, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("write", [lambda y: y.data[:, 3:6].zero_(), lambda y: y.detach().numpy()[:, 3:6].fill(0)], ids=["data", "numpy"])
+def test_hooks_that_write_past_autograd(write: Any, mode: Any) -> None:
+    found = []
+    for each in (steered(plain_encoder(), torch.float32), oracle(plain_encoder(), torch.float32)):
+        each.blocks[1].register_forward_hook(lambda module, args, output: (write(output), None)[1])
+        with mode():
+            found.append(run(each, draw_input().float()))
+    assert_same(*found, tolerance=1e-4)
+
+
+def test_no_norm_is_computed_for_nothing_where_somebody_sees_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = steered(plain_encoder(), torch.float32)
+    ours.blocks[0].register_forward_hook(lambda module, args, output: None)
+    monkeypatch.setattr(SF, "steer_norm", lambda *_, **__: pytest.fail("the norm was computed beside the stream"))
+    ours(draw_input().float())
+
+
 def test_gates_are_recorded() -> None:
     ours = steered(plain_encoder(), torch.float32)
     with ours.steering.record_gates() as gates:

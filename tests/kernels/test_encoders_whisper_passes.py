@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from encoder_oracle import Results, assert_same, differentiate, draw_aligner, fused_aligner, hooked
 from torch import Tensor, nn
-from whisper_encoders import EXPERTS, LAYERS, POSITIONS, WIDTH, draw_input, last, pair, plain_encoder, shortened, whisper
+from whisper_encoders import BINS, EXPERTS, LAYERS, POSITIONS, WIDTH, draw_input, last, pair, plain_encoder, shortened, whisper
 
 from steermoe_kernels import FusedSteerMoE, steer_encoder
 from steermoe_kernels import functional as SF
@@ -97,6 +97,137 @@ def test_a_stream_written_to_between_layers_called_by_hand(inference: bool) -> N
         torch.testing.assert_close(run(ours), run(oracle), rtol=1e-10, atol=1e-10)
 
 
+# --- what somebody outside sees -----------------------------------------------------------------------------------------------------------
+
+
+def keep(streams: list[Tensor]) -> Any:
+    return lambda module, args, output: streams.append(output)
+
+
+def on_layers(hook: Any) -> Any:
+    """For all modules at once. Such hooks run before a module's own: in the oracle, whose hooks steer, before the steering."""
+    return lambda module, args, output: hook(module, args, output) if isinstance(module, whisper.WhisperEncoderLayer) else None
+
+
+def of_hooks(encoder: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    streams: list[Tensor] = []
+    hooks = [layer.register_forward_hook(keep(streams)) for layer in encoder.layers]
+    y = encoder(x).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    return y, streams
+
+
+def of_global_hooks(encoder: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    streams: list[Tensor] = []
+    hook = nn.modules.module.register_module_forward_hook(on_layers(keep(streams)))
+    y = encoder(x).last_hidden_state
+    hook.remove()
+    return y, streams
+
+
+def of_norms(encoder: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """What the norms are given is what the layers returned."""
+    streams: list[Tensor] = []
+    norms = [*(layer.self_attn_layer_norm for layer in encoder.layers[1:]), encoder.layer_norm]
+    hooks = [norm.register_forward_pre_hook(lambda module, args: streams.append(args[0])) for norm in norms[:2]]
+    hooks.append(norms[2].register_forward_hook(lambda module, args, output: streams.append(args[0])))
+    y = encoder(x).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    return y, streams
+
+
+def of_hidden_states(encoder: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    output = encoder(x, output_hidden_states=True)
+    return output.last_hidden_state, list(output.hidden_states[1:-1])
+
+
+def of_the_config(encoder: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    encoder.config.output_hidden_states = True
+    output = encoder(x)
+    return output.last_hidden_state, list(output.hidden_states[1:-1])
+
+
+def of_calls_by_hand(encoder: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    streams = [x.mT.repeat(1, 1, WIDTH // BINS)]
+    for layer in encoder.layers:
+        streams.append(layer(streams[-1], None))
+    return encoder.layer_norm(streams[-1]), streams[1:]
+
+
+@pytest.mark.parametrize("frames", [2 * POSITIONS, 15])
+@pytest.mark.parametrize("seen", [of_hooks, of_global_hooks, of_norms, of_hidden_states, of_the_config, of_calls_by_hand])
+def test_the_gradient_at_what_a_layer_returns_is_whole(seen: Any, frames: int) -> None:
+    ours, oracle = pair(plain_encoder())
+    found = []
+    for encoder, look in ((ours, seen), (shortened(oracle, frames), of_hooks if seen is of_global_hooks else seen)):
+        y, streams = look(encoder, draw_input(frames))
+        gradients = torch.autograd.grad(y.sin().sum(), streams)
+        assert len(gradients) >= LAYERS - 1  # the last of the hidden states has been normalised
+        found.append({f"d stream {layer}": gradient for layer, gradient in enumerate(gradients)})
+    assert_same(*found)
+
+
+def test_the_gradient_at_a_stream_that_is_pooled_next() -> None:
+    ours, oracle = pair(plain_encoder(), pool="mean", pool_size=3)
+    y, streams = of_hooks(ours, draw_input())
+    pooled, (*before, last_pooled) = of_hooks(oracle, draw_input())
+    *early, late = torch.autograd.grad(y.sin().sum(), streams)
+    *expected, expected_late = torch.autograd.grad(pooled.sin().sum(), [*before, last_pooled])
+    spread = expected_late.repeat_interleave(3, 1)[:, :POSITIONS]
+    spread = spread / torch.tensor([3.0] * 18 + [2.0] * 2)[:, None]
+    assert_same(dict(zip("abc", [*early, late], strict=True)), dict(zip("abc", [*expected, spread], strict=True)))
+
+
+def test_a_gradient_hook_between_layers() -> None:
+    found = []
+    for encoder in pair(plain_encoder()):
+        encoder.layers[0].register_forward_hook(lambda module, args, output: output.register_hook(torch.zeros_like) and None)
+        encoder(draw_input()).last_hidden_state.sin().sum().backward()
+        found.append({name: parameter.grad for name, parameter in encoder.steering.named_parameters()})
+    assert not found[0]["steering_vectors"][0].any()
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_hidden_states_of_checkpointed_layers(reentrant: bool) -> None:
+    found = []
+    for encoder in pair(plain_encoder().train()):
+        encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        x = draw_input().requires_grad_()  # without which such a checkpoint gives the oracle's layers no gradient
+        output = encoder(x, output_hidden_states=True)
+        output.hidden_states[1].retain_grad()
+        output.last_hidden_state.sin().sum().backward()
+        found.append({"x": x.grad, "d stream": output.hidden_states[1].grad, "d V": encoder.steering.steering_vectors.grad})
+    assert_same(*found)
+
+
+def write_data(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.data[:, 3:6] = 0
+
+
+def write_numpy(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.detach().numpy()[:, 3:6] = 0
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("hook", [write_data, write_numpy])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_hooks_that_write_past_autograd(everywhere: bool, hook: Any, mode: Any) -> None:
+    found = []
+    for index, encoder in enumerate(pair(plain_encoder())):
+        if everywhere and index == 0:
+            hooks = [nn.modules.module.register_module_forward_hook(on_layers(hook))]
+        else:
+            hooks = [layer.register_forward_hook(hook) for layer in encoder.layers]
+        with mode():
+            found.append(last(encoder, draw_input()))
+        for each in hooks:
+            each.remove()
+    assert_same(*found)
+
+
 # --- what is computed, and how often ----------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +256,84 @@ def test_one_fused_pass_a_layer(monkeypatch: pytest.MonkeyPatch, frames: int, mo
     with {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}[mode]():
         ours(x)
     # What PyTorch still normalises: each layer's second norm, inside the layer, and the first norm of the first layer.
+    assert (calls.steer_norm, calls.steer, calls.layer_norm) == (LAYERS, 0, LAYERS + 1)
+
+
+def a_hook(encoder: nn.Module) -> dict[str, Any]:
+    encoder.layers[1].register_forward_hook(look)
+    return {}
+
+
+def a_pre_hook(encoder: nn.Module) -> dict[str, Any]:
+    encoder.layers[1].register_forward_pre_hook(lambda module, args: None)
+    return {}
+
+
+def a_backward_hook(encoder: nn.Module) -> dict[str, Any]:
+    encoder.layers[1].register_full_backward_hook(lambda *_: None)
+    return {}
+
+
+def a_hook_on_a_norm(encoder: nn.Module) -> dict[str, Any]:
+    encoder.layer_norm.register_forward_hook(look)
+    return {}
+
+
+def hidden_states(encoder: nn.Module) -> dict[str, Any]:
+    return {"output_hidden_states": True}
+
+
+def another_norm(encoder: nn.Module) -> dict[str, Any]:
+    encoder.layers[1].self_attn_layer_norm = nn.LayerNorm(WIDTH)
+    return {}
+
+
+def a_wrapped_forward(encoder: nn.Module) -> dict[str, Any]:
+    forward = encoder.layers[1].forward
+    encoder.layers[1].forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    return {}
+
+
+def a_wrapped_layer(encoder: nn.Module) -> dict[str, Any]:
+    class Wrapper(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return self.layer(*args, **kwargs)
+
+    encoder.layers[1] = Wrapper(encoder.layers[1])
+    return {}
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        a_hook,
+        a_pre_hook,
+        a_backward_hook,
+        a_hook_on_a_norm,
+        hidden_states,
+        another_norm,
+        a_wrapped_forward,
+        a_wrapped_layer,
+    ],
+)
+def test_no_norm_is_computed_for_nothing_where_somebody_sees_the_stream(monkeypatch: pytest.MonkeyPatch, seen: Any) -> None:
+    ours, _ = pair(plain_encoder(), torch.float32)
+    options = seen(ours)
+    calls = Calls(monkeypatch)
+    ours(draw_input().float(), **options)
+    assert (calls.steer_norm, calls.steer, calls.layer_norm) == (0, LAYERS, 2 * LAYERS + 1)
+
+
+def test_hidden_states_that_were_asked_for_once_do_not_slow_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's hooks stay on the layers."""
+    ours, _ = pair(plain_encoder(), torch.float32)
+    ours(draw_input().float(), output_hidden_states=True)
+    calls = Calls(monkeypatch)
+    ours(draw_input().float())
     assert (calls.steer_norm, calls.steer, calls.layer_norm) == (LAYERS, 0, LAYERS + 1)
 
 
@@ -223,6 +432,36 @@ def test_compiled_in_one_graph_at_any_length() -> None:
         called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         assert sum("steermoe.steer" in name for name in called) == 2
         assert sum("layer_norm" in name for name in called) == 3
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("seen", ["hook", "hidden states"])
+def test_compiled_in_one_graph_where_somebody_sees_the_stream(seen: str) -> None:
+    ours, oracle = pair(plain_encoder(encoder_layers=2), torch.float32)
+    options = {"output_hidden_states": seen == "hidden states"}
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Any:
+        compiled = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        graphs.append(graph)
+        return compiled
+
+    def run(encoder: Any, x: Tensor) -> Results:
+        output = encoder(x, **options)
+        return {"last": output.last_hidden_state} | ({"state": output.hidden_states[1]} if seen == "hidden states" else {})
+
+    for encoder in (ours, oracle):
+        if seen == "hook":
+            encoder.layers[0].register_forward_hook(replace)
+        else:
+            encoder(draw_input().float(), **options)  # the library puts its hooks in place under a lock, which is not traced
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    x = draw_input().float()
+    assert_same(differentiate(ours, x, lambda _, x: run(compiled, x)), differentiate(oracle, x, run), tolerance=1e-4)
+    called = [str(node.target) for node in graphs[-1].graph.nodes if node.op == "call_function"]
+    assert sum("steermoe.steer.default" in name for name in called) == 2
+    assert not any("steer_norm" in name for name in called)
 
 
 # --- encoders that are not quite the one this path knows --------------------------------------------------------------------------------
