@@ -154,12 +154,22 @@ def begin_pass(
 ) -> EncoderPass:
     """Cut the parameters for one forward of ``encoder`` through ``layers``, and decide whether they hand the norms' results over.
 
-    ``norms`` read the stream after each layer, as they are now. ``collected``: the encoder returns what its layers return. Raises as
-    `Steering.aligner_of`.
+    ``norms`` read the stream after each layer, as they are now. ``collected``: the encoder returns what its layers return. RuntimeError
+    where the last norm pooled and is no longer there; as `Steering.aligner_of` for an aligner that was replaced.
     """
     aligner = steering.aligner_of(encoder)
+    if steering.pool is not None and not (_pools(norms[-1]) or any(map(_pools, norms[-1].modules()))):
+        raise RuntimeError(
+            f"the last norm of {type(encoder).__name__} was replaced since it was steered, and the pooling with it, which comes before it: "
+            "put the norm back, or call unsteer_encoder and steer_encoder again"
+        )
     hands_over = not (collected or _has_any_global_hook()) and all(map(_is_unseen, layers, norms))
     return EncoderPass(aligner, aligner.layer_parameters(), hands_over)
+
+
+def _pools(module: Any) -> bool:
+    """Whether this is the last norm as `place_layers` left it; a wrapper may hold a copy of it."""
+    return isinstance(module, SteeredNorm) and module._pool is not None
 
 
 def _is_unseen(layer: Any, norm: nn.Module) -> bool:

@@ -466,6 +466,26 @@ def test_an_encoder_is_freed_when_it_is_let_go(kind: str) -> None:
         gc.enable()
 
 
+# --- the modules of a steered encoder, changed by others --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["whisper", "openai-whisper"])
+def test_a_last_norm_that_was_replaced_does_not_lose_the_pooling(name: str) -> None:
+    make, inputs = KINDS[name]
+    encoder, x = make().eval(), inputs()
+    steer_encoder(encoder, aligner_for(encoder), pool="max", pool_size=3)
+    y, norm = run(encoder, x), "layer_norm" if name == "whisper" else "ln_post"
+    own = getattr(encoder, norm)
+    setattr(encoder, norm, nn.LayerNorm(WIDTH))
+    with pytest.raises(RuntimeError, match=r"the last norm of .* was replaced since it was steered, and the pooling with it"):
+        run(encoder, x)
+    setattr(encoder, norm, Trained(own))  # which has the norm inside
+    getattr(encoder, norm).forward = lambda h: getattr(encoder, norm).trained(h)
+    torch.testing.assert_close(run(encoder, x), y)
+    setattr(encoder, norm, own)
+    assert torch.equal(run(encoder, x), y)
+
+
 @pytest.mark.unpoisoned
 def test_a_compiled_encoder_is_steered_by_the_aligner_there_is(encoder: nn.Module, x: Tensor) -> None:
     torch._dynamo.reset()
