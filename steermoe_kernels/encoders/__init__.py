@@ -40,7 +40,7 @@ from torch import nn
 from ..checks import check_pool
 from ..modules import FusedSteerMoE
 from .class_swap import unswap
-from .layered import width_of
+from .layered import compiled_around, width_of
 from .patching import patch_steermoe
 from .steering import Steering
 from .stream import Steered
@@ -69,7 +69,8 @@ def steer_encoder(encoder: nn.Module, aligner: FusedSteerMoE, *, pool: str | Non
 
     Raises, before anything is changed: TypeError for arguments of another kind; ValueError for a bad ``pool`` or ``pool_size``, an
     encoder without layers to steer or with layers of several widths, an aligner with another width or number of layers or on another
-    device, pooling where the layers take (T, B, D); RuntimeError for an encoder that is steered already, as a whole or in part.
+    device, pooling where the layers take (T, B, D), steering by hooks what ``compile()`` has compiled already; RuntimeError for an encoder
+    that is steered already, as a whole or in part.
     """
     _check_module(encoder)
     if not isinstance(aligner, FusedSteerMoE):
@@ -97,12 +98,24 @@ def steer_encoder(encoder: nn.Module, aligner: FusedSteerMoE, *, pool: str | Non
 def unsteer_encoder(encoder: nn.Module) -> nn.Module:
     """Undo `steer_encoder`, in place: classes, hooks, ``state_dict`` and outputs are again what they were. Returns the encoder.
 
-    RuntimeError if this encoder is not steered.
+    RuntimeError, before anything is changed, if this encoder is not steered, or if it is steered by hooks and ``compile()`` has
+    compiled it since.
     """
     if not isinstance(encoder, nn.Module) or _MARK not in encoder.__dict__:
         raise RuntimeError(f"{type(encoder).__name__} is not steered")
+    _check_undoable(encoder)
     _undo(encoder)
     return encoder
+
+
+def _check_undoable(encoder: nn.Module) -> None:
+    """RuntimeError for a graph that would go on steering."""
+    hooked = [module for module, hooks, _ in _traces(encoder) if hooks is module.__dict__.get("_forward_hooks") and module is not encoder]
+    if (compiled := compiled_around(encoder, hooked)) is not None:
+        raise RuntimeError(
+            f"{type(compiled).__name__} was compiled in place, with the hooks that steer it: set its _compiled_call_impl to None and call "
+            "torch._dynamo.reset() first"
+        )
 
 
 def _undo(encoder: nn.Module) -> None:

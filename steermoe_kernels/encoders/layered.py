@@ -74,6 +74,11 @@ def steer(
     owner, pool = encoder, steering.pool
     if members is None:
         owner, members = _find_layers(encoder)
+    if (compiled := compiled_around(encoder, members)) is not None:
+        raise ValueError(
+            f"{type(compiled).__name__} was compiled in place, without the hooks that are to steer it: set its _compiled_call_impl to None "
+            "and call torch._dynamo.reset(), and compile it again once it is steered"
+        )
     if pool is not None and any(_is_time_first(member) for member in members):
         raise ValueError(
             f"the layers of {type(encoder).__name__} take (time, batch, width), by their nn.MultiheadAttention, and pooling needs "
@@ -88,6 +93,18 @@ def steer(
         encoder.register_forward_hook(PooledOnce(steering), prepend=True, always_call=True)  # before hooks that change the output
     if isinstance(owner, nn.TransformerEncoder):
         swap(owner, KeepsPadding)
+
+
+def compiled_around(encoder: nn.Module, members: list[nn.Module]) -> nn.Module | None:
+    """A part of ``encoder``, or the whole, that ``module.compile()`` compiled together with some of the ``members`` that it runs.
+
+    Its graph goes on as it is: torch does not look for hooks that come to the modules inside it, or go.
+    """
+    layers = set(map(id, members))
+    for module in encoder.modules():
+        if module._compiled_call_impl is not None and any(id(part) in layers for part in module.modules() if part is not module):
+            return module
+    return None
 
 
 def width_of(encoder: nn.Module, members: list[nn.Module]) -> int | None:

@@ -486,6 +486,51 @@ def test_a_last_norm_that_was_replaced_does_not_lose_the_pooling(name: str) -> N
     assert torch.equal(run(encoder, x), y)
 
 
+# --- compiled in place ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.unpoisoned
+def test_an_encoder_that_was_compiled_in_place(encoder: nn.Module, x: Tensor) -> None:
+    """Its graph does not see hooks come and go; where classes are exchanged, it is made anew."""
+    torch._dynamo.reset()
+    before, plain, aligner = snapshot(encoder), run(encoder, x), aligner_for(encoder)
+    steered = run(steer_encoder(copy.deepcopy(encoder), aligner), x)
+    encoder.compile(backend="eager")
+    torch.testing.assert_close(run(encoder, x), plain)
+    if type(encoder) is Encoder:
+        compiled = snapshot(encoder)
+        with pytest.raises(ValueError, match=r"Encoder was compiled in place, .*set its _compiled_call_impl to None and call"):
+            steer_encoder(encoder, aligner)
+        assert snapshot(encoder) == compiled
+        encoder._compiled_call_impl = None
+        torch._dynamo.reset()
+    steer_encoder(encoder, aligner)
+    encoder.compile(backend="eager")
+    torch.testing.assert_close(run(encoder, x), steered)
+    if type(encoder) is Encoder:
+        with pytest.raises(RuntimeError, match="Encoder was compiled in place, with the hooks that steer it"):
+            unsteer_encoder(encoder)
+        torch.testing.assert_close(run(encoder, x), steered)
+        encoder._compiled_call_impl = None
+        torch._dynamo.reset()
+    unsteer_encoder(encoder)
+    torch.testing.assert_close(run(encoder, x), plain)
+    vars(encoder).pop("_compiled_call_impl")
+    assert snapshot(encoder) == before
+
+
+@pytest.mark.unpoisoned
+def test_layers_that_were_compiled_in_place(encoder: nn.Module, x: Tensor) -> None:
+    torch._dynamo.reset()
+    plain, aligner = run(encoder, x), aligner_for(encoder)
+    steered = run(steer_encoder(copy.deepcopy(encoder), aligner), x)
+    for layer in layers_of(encoder):
+        layer.compile(backend="eager")
+    torch.testing.assert_close(run(encoder, x), plain)
+    torch.testing.assert_close(run(steer_encoder(encoder, aligner), x), steered)
+    torch.testing.assert_close(run(unsteer_encoder(encoder), x), plain)
+
+
 @pytest.mark.unpoisoned
 def test_a_compiled_encoder_is_steered_by_the_aligner_there_is(encoder: nn.Module, x: Tensor) -> None:
     torch._dynamo.reset()
