@@ -39,7 +39,7 @@ from torch import nn
 
 from ..checks import check_pool
 from ..modules import FusedSteerMoE
-from .class_swap import unswap
+from .class_swap import changed_since, unswap
 from .layered import compiled_around, width_of
 from .patching import patch_steermoe
 from .steering import Steering
@@ -98,8 +98,8 @@ def steer_encoder(encoder: nn.Module, aligner: FusedSteerMoE, *, pool: str | Non
 def unsteer_encoder(encoder: nn.Module) -> nn.Module:
     """Undo `steer_encoder`, in place: classes, hooks, ``state_dict`` and outputs are again what they were. Returns the encoder.
 
-    RuntimeError, before anything is changed, if this encoder is not steered, or if it is steered by hooks and ``compile()`` has
-    compiled it since.
+    RuntimeError, before anything is changed, if this encoder is not steered, or if others have since changed the class of one of its
+    modules, wrapped a forward, or compiled what is steered by hooks.
     """
     if not isinstance(encoder, nn.Module) or _MARK not in encoder.__dict__:
         raise RuntimeError(f"{type(encoder).__name__} is not steered")
@@ -109,7 +109,13 @@ def unsteer_encoder(encoder: nn.Module) -> nn.Module:
 
 
 def _check_undoable(encoder: nn.Module) -> None:
-    """RuntimeError for a graph that would go on steering."""
+    """RuntimeError for what stands on the steering, and would be left without it."""
+    for name, module in encoder.named_modules():
+        if isinstance(module, Steered) and (change := changed_since(module)):
+            raise RuntimeError(
+                f"{type(encoder).__name__} cannot be unsteered: {change}, of {name or 'the encoder itself'}, since it was steered; undo "
+                "that first (as by remove_parametrizations or remove_hook_from_module), or unsteer before it is done"
+            )
     hooked = [module for module, hooks, _ in _traces(encoder) if hooks is module.__dict__.get("_forward_hooks") and module is not encoder]
     if (compiled := compiled_around(encoder, hooked)) is not None:
         raise RuntimeError(

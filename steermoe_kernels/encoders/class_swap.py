@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
 from torch import nn
 
-__all__ = ["Swapped", "has_forward_of_its_own", "swap", "unswap"]
+__all__ = ["Swapped", "changed_since", "has_forward_of_its_own", "swap", "unswap"]
 
 
 class Swapped(nn.Module):
@@ -40,10 +40,21 @@ def swap(module: nn.Module, mixin: type[Swapped], **added: Any) -> None:
 
 
 def unswap(module: Any) -> None:
-    """Undo `swap`."""
+    """Undo `swap`, where `changed_since` tells of nothing that stands on it."""
+    if "forward" in module.__dict__ and not has_forward_of_its_own(module):
+        del module.__dict__["forward"]  # the mixin's
     for name in module._added:
         del module.__dict__[name]
     module.__class__ = module._plain
+
+
+def changed_since(module: Any) -> str | None:
+    """What others have made of a module's class or forward since `swap`, in words; None if nothing."""
+    if "_plain" not in vars(type(module)):
+        return f"the class was exchanged for {type(module).__qualname__}"
+    if type(module).forward is not module._plain.forward and has_forward_of_its_own(module):
+        return "the forward was wrapped"
+    return None
 
 
 _classes: dict[tuple[type, type], type] = {}

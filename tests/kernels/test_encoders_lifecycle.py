@@ -486,6 +486,57 @@ def test_a_last_norm_that_was_replaced_does_not_lose_the_pooling(name: str) -> N
     assert torch.equal(run(encoder, x), y)
 
 
+@pytest.mark.parametrize("name", ["whisper", "openai-whisper"])
+def test_a_norm_that_is_parametrized_is_not_unsteered(name: str) -> None:
+    make, inputs = KINDS[name]
+    encoder, x = make().eval(), inputs()
+    before, plain = snapshot(encoder), run(encoder, x)
+    steer_encoder(encoder, aligner_for(encoder))
+    where = "layers.1.self_attn_layer_norm" if name == "whisper" else "blocks.1.attn_ln"
+    norm, steered = encoder.get_submodule(where), snapshot(encoder)
+    y = run(encoder, x)
+    nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity())
+    torch.testing.assert_close(run(encoder, x), y)
+    changed = snapshot(encoder)
+    with pytest.raises(RuntimeError, match=f"the class was exchanged for ParametrizedLayerNorm, of {where}, since it was steered; undo"):
+        unsteer_encoder(encoder)
+    assert snapshot(encoder) == changed
+    torch.testing.assert_close(run(encoder, x), y)
+    nn.utils.parametrize.remove_parametrizations(norm, "weight")
+    assert {key: value for key, value in snapshot(encoder).items() if key != "state"}.keys() == steered.keys() - {"state"}
+    unsteer_encoder(encoder)
+    assert {key: value[0] for key, value in snapshot(encoder).items()} == {key: value[0] for key, value in before.items()}
+    assert torch.equal(run(encoder, x), plain)
+
+
+@pytest.mark.parametrize("where", ["", "layers.1", "layer_norm"])
+def test_a_wrapped_forward_is_not_unsteered(where: str) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    encoder, x = whisper().eval(), spectrograms()
+    before, plain = snapshot(encoder), run(encoder, x)
+    steer_encoder(encoder, aligner_for(encoder))
+    y, module = run(encoder, x), encoder.get_submodule(where)
+    hooks.add_hook_to_module(module, hooks.ModelHook())
+    with pytest.raises(RuntimeError, match=f"the forward was wrapped, of {where or 'the encoder itself'}, since it was steered; undo"):
+        unsteer_encoder(encoder)
+    torch.testing.assert_close(run(encoder, x), y)
+    hooks.remove_hook_from_module(module)  # leaves the steered forward on the instance
+    unsteer_encoder(encoder)
+    assert snapshot(encoder) == before and torch.equal(run(encoder, x), plain)
+
+
+def test_an_encoder_whose_class_was_exchanged_is_not_unsteered() -> None:
+    encoder, x = whisper().eval(), spectrograms()
+    steer_encoder(encoder, aligner_for(encoder))
+    y, ours = run(encoder, x), type(encoder)
+    encoder.__class__ = type("Sharded", (ours,), {})  # as fully_shard does
+    with pytest.raises(RuntimeError, match=r"the class was exchanged for .*Sharded, of the encoder itself"):
+        unsteer_encoder(encoder)
+    assert torch.equal(run(encoder, x), y) and isinstance(encoder.layers[0], Steered)
+    encoder.__class__ = ours
+    unsteer_encoder(encoder)
+
+
 # --- compiled in place ------------------------------------------------------------------------------------------------------------------
 
 
