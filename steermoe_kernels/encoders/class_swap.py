@@ -9,6 +9,7 @@ pickled and copied as "this mixin before that class".
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
+from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -57,14 +58,16 @@ def changed_since(module: Any) -> str | None:
     return None
 
 
-_classes: dict[tuple[type, type], type] = {}
+# Each lives as long as an instance of it, and so does the class it stands for: that may have been made on the fly, too.
+_classes: WeakValueDictionary[tuple[type, type], type] = WeakValueDictionary()
 
 
 def _swapped_class(mixin: type[nn.Module], plain: type[nn.Module]) -> Any:
-    if (mixin, plain) not in _classes:
+    made = _classes.get((mixin, plain))
+    if made is None:
         names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-        _classes[mixin, plain] = type(plain.__name__, (mixin, plain), {**names, "_mixin": mixin, "_plain": plain})
-    return _classes[mixin, plain]
+        made = _classes[mixin, plain] = type(plain.__name__, (mixin, plain), {**names, "_mixin": mixin, "_plain": plain})
+    return made
 
 
 def has_forward_of_its_own(module: nn.Module) -> bool:

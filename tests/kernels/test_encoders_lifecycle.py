@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from steermoe_kernels import FusedSteerMoE, encoders, reference, steer_encoder, unsteer_encoder
-from steermoe_kernels.encoders import describe_encoder
+from steermoe_kernels.encoders import class_swap, describe_encoder
 from steermoe_kernels.encoders.stream import Steered
 
 BINS, POSITIONS, WIDTH, LAYERS = 6, 10, 12, 3
@@ -535,6 +535,23 @@ def test_an_encoder_whose_class_was_exchanged_is_not_unsteered() -> None:
     assert torch.equal(run(encoder, x), y) and isinstance(encoder.layers[0], Steered)
     encoder.__class__ = ours
     unsteer_encoder(encoder)
+
+
+def test_classes_that_are_used_no_more_are_let_go() -> None:
+    modeling = pytest.importorskip("transformers.models.whisper.modeling_whisper")
+    made = type("OnTheFly", (modeling.WhisperEncoderLayer,), {})
+    module, twin = made(whisper().config), whisper()
+    class_swap.swap(module, Steered)
+    swapped = type(module)
+    assert class_swap._swapped_class(Steered, made) is swapped
+    steer_encoder(twin, aligner_for(twin))
+    other = weakref.ref(type(twin))
+    references = weakref.ref(made), weakref.ref(swapped)
+    class_swap.unswap(module)
+    del module, made, swapped
+    gc.collect()  # the one, and with it what knew the other
+    gc.collect()
+    assert [reference() for reference in references] == [None, None] and other() is type(twin)
 
 
 # --- compiled in place ------------------------------------------------------------------------------------------------------------------
