@@ -1,383 +1,391 @@
-"""Expressions: values of the public code's formula that are computed late, so that one fused pass can take the formula's place.
+"""Expressions: tensors whose numbers are computed late, so that one fused pass can take the place of several operations.
 
-The code that `patching.py` patches writes, layer by layer,
+An `Expression` has the shape, dtype and device of the tensor it stands for, and a `Step` in place of numbers. `formula.py` says which
+operations on it make another expression, and where the fused pass takes over. There are two ways to anything else:
 
-    logits = router(x)                        (B, T, L E)  one Linear for all layers; or (B, T, E), one Linear a layer
-    gates = softmax(logits[:, :, rows])       (B, T, E)
-    delta = einsum("bte,ef->btf", gates, V)   (B, T, D)
-    y = x + s * delta                         or x + delta
+Python code that touches an expression is seen by ``__torch_function__``. The step is computed as the code says, in PyTorch, and the
+expression turns into the plain tensor that came out: the same object, of class Tensor from then on.
 
-An expression remembers how it was made, through slice, softmax, product and scale. Where it is at last added to the very tensor that the
-router was given, one fused pass computes the sum from the tensors of the public code itself, so that gradients reach its parameters, and
-the gates get their values from the same pass. Anything else that touches an expression (another function, an attribute, another order of
-things) computes it by the formula above, in PyTorch.
+C++ code that takes an expression without asking (``autograd.Function.apply``, the transforms of torch.func) finds a tensor with a history,
+`_History`, through which gradients go on to what the step was made from, and ``__torch_dispatch__`` gives it the numbers.
 """
 
 from __future__ import annotations
 
-import re
+import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
-from .. import functional as SF
-from ..reference import compute_dtype
+__all__ = ["TAKEN_UP", "Expression", "Mode", "Step", "express", "no_expressions_left", "opened"]
 
-__all__ = ["Expression", "Logits"]
+TAKEN_UP: dict[Any, Callable[[tuple, dict[str, Any]], Any]] = {}
+"""What a torch function makes of its arguments, one of them an expression, without computing it; or NotImplemented."""
+
+
+# --- what can change between a step and its result ----------------------------------------------------------------------------------------
+
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_in_transform = torch._C._are_functorch_transforms_active
+_forward_mode = torch._C._is_fwd_grad_enabled
 
 
 class Mode:
-    """Grad, inference and autocast mode, as they were when an expression was made."""
+    """What of torch's settings decides what an operation does and keeps. A step is computed as of when it was made."""
+
+    __slots__ = ("autocast", "device", "grad", "in_function", "settings")
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.grad, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self.autocast, self.dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self.settings = self._now()
+        self.grad, inference, forward_mode, self.autocast, _, _ = self.settings
+        self.in_function = not forward_mode and not inference  # the forward of an autograd.Function, that is
+
+    def _now(self) -> tuple[Any, ...]:
+        autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else None
+        # Hooks, as those of a checkpoint count what is saved between its ends.
+        return (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            _forward_mode(),
+            autocast,
+            _saving_hooks(True),
+            _in_transform(),
+        )
 
     def holds(self) -> bool:
-        return vars(self) == vars(Mode(self.device))
+        return self._now() == self.settings
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        with (
-            torch.inference_mode(self.inference),
-            torch.set_grad_enabled(self.grad),
-            torch.autocast(self.device, dtype=self.dtype, enabled=self.autocast),
-        ):
+    def restored(self, grad: bool | None = None) -> Iterator[None]:
+        """The same settings again; with ``grad``, for what autograd asks, but for that one and inference mode."""
+        _, inference, _, autocast, hooks, _ = self.settings
+        with ExitStack() as stack:
+            if grad is None and inference != torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad if grad is None else grad))
+            stack.enter_context(torch.autocast(self.device, dtype=autocast, enabled=autocast is not None))
+            if hooks != _saving_hooks(True):
+                stack.enter_context(saved_tensors_hooks(*(hooks or (_as_it_is, _as_it_is))))
             yield
 
 
-class Expression:
-    """A value of the public formula that has not been computed. As an operand it behaves as the tensor it stands for.
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
-    Once somebody asks for the value, whatever was derived from the expression is computed, too: from then on all is as in the public
-    code, down to what shares memory with what.
-    """
 
-    def __init__(self, mode: Mode, parent: Expression | None, *inputs: Tensor) -> None:
-        self._mode = mode
-        self._inputs = [(tensor, _version(tensor)) for tensor in inputs]
-        self._value: Tensor | None = None
-        self._computing = False
-        self._derived: list[weakref.ref[Expression]] = []
-        if parent is not None:
-            parent._derived.append(weakref.ref(self))
+def _mark(tensor: Tensor) -> Any:
+    """What tells whether ``tensor`` was written to since: its version; of inference tensors, which have none, a few numbers."""
+    return _sample(tensor).clone() if tensor.is_inference() else tensor._version
 
-    def tensor(self) -> Tensor:
-        """The value, computed once, by the public formula, as it would have been when the expression was made."""
-        if self._value is None:
+
+def _sample(tensor: Tensor) -> Tensor:
+    """One number of each frame, each of another channel, so that writing to some frames or to a range of channels is seen."""
+    if tensor.dim() == 0 or tensor.numel() == 0:
+        return tensor
+    width = tensor.shape[-1]
+    if tensor.is_contiguous():
+        return tensor.as_strided((-(-tensor.numel() // (width + 1)),), (width + 1,))
+    return tensor[..., width // 2]
+
+
+def _changed(tensor: Tensor, mark: Any) -> bool:
+    if not isinstance(mark, Tensor):
+        return bool(tensor._version != mark)
+    now = _sample(tensor)
+    if mark.device.type != "cpu" and _SCOPE.made is not None:
+        _SCOPE.samples.append((mark, now.clone()))  # to compare them is to wait for the device: once, where the method ends
+        return False
+    return not _same(mark, now)
+
+
+def _same(before: Tensor, now: Tensor) -> bool:
+    return torch.equal(before, now) or torch.equal(before.nan_to_num(), now.nan_to_num())
+
+
+_CHANGED = (
+    "a tensor was changed in place after the router or the steering used it and before their result was needed; "
+    "the patched model computes late, so it cannot follow that"
+)
+
+
+# --- steps --------------------------------------------------------------------------------------------------------------------------------
+
+
+class Step:
+    """An operation put off: what it is made from (tensors, other steps, numbers), and how torch was set then."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    strides: tuple[int, ...] | None = None  # those of a contiguous tensor
+    result: Tensor | None = None
+    """The value, once it is computed."""
+    expression: weakref.ref[Expression] | None = None
+    """What stands for the step, until it turns into the result."""
+    differentiable: bool
+    _mark: Any = None
+    _detached: Tensor | None = None
+    _computing = False
+
+    def __init__(self, mode: Mode, device: torch.device, *inputs: Any) -> None:
+        self.mode, self.device, self.inputs = mode, device, inputs
+        self.marks: list[tuple[Tensor, Any]] = []
+        self.derived: list[weakref.ref[Step]] = []
+        differentiable = False
+        for value in inputs:
+            if isinstance(value, Step):
+                value.derived.append(weakref.ref(self))
+                differentiable |= value.differentiable
+            elif isinstance(value, Tensor):
+                self.marks.append((value, _mark(value)))
+                differentiable |= value.requires_grad
+        self.differentiable = differentiable and mode.grad
+
+    def compute(self, *inputs: Any) -> Tensor:
+        """The public code's operation on ``inputs``, all of them tensors and numbers."""
+        raise NotImplementedError
+
+    def value(self) -> Tensor:
+        """The result, computed once, as it would have been when the step was made.
+
+        Once somebody asks for it, whatever was derived from it is computed, too: from then on all is as in the public code, down to what
+        shares memory with what.
+        """
+        if self.result is None:
             self.check_unchanged()
             self._computing = True
-            with nullcontext() if self._mode.holds() else self._mode.restored():
-                self._resolve(self._compute())
-        return self._value  # type: ignore[return-value]
+            with self.mode.restored():
+                self._take(self.compute(*(step.value() if isinstance(step, Step) else step for step in self.inputs)))
+                for derived in [derived() for derived in self.derived]:
+                    if derived is not None and not derived._computing:
+                        derived.value()
+        return self.result  # type: ignore[return-value]
 
     def become(self, value: Tensor) -> None:
         """Take a ``value`` that was computed elsewhere. What is derived from it stays open, as long as nobody writes to the value."""
         self._take(value)
-        for derived in [derived() for derived in self._derived]:
-            if derived is not None:
-                derived._inputs.append((value, _version(value)))
+        self._mark = _mark(self.result) if self.derived else None  # type: ignore[arg-type]
+        if not self.differentiable:  # else C++ code may still ask for gradients
+            self.forget()
 
-    def _resolve(self, value: Tensor) -> None:
-        self._take(value)
-        for derived in [derived() for derived in self._derived]:
-            if derived is not None and not derived._computing:
-                derived.tensor()
+    def forget(self) -> None:
+        """Let go of what led to the value: it may be kept for long, or what is derived from it."""
+        self.inputs, self.marks = (), []
 
     def _take(self, value: Tensor) -> None:
-        self._value, self._inputs = value, []
-        self._forget()
+        expression = None if self.expression is None else self.expression()
+        self.expression = None
+        self.result = value
+        if expression is not None:
+            self.result = _turned_into(expression, value)
+            if self.result is not expression:  # C++ code has a hold on it: it goes on as it is, and knows its value
+                self.expression = weakref.ref(expression)
+
+    def unchanged(self) -> bool:
+        """Whether all that this was made from is as it was."""
+        for tensor, mark in self.marks:
+            if _changed(tensor, mark):
+                return False
+        for step in self.inputs:
+            if isinstance(step, Step):
+                if step.result is None:
+                    if not step.unchanged():
+                        return False
+                elif step._mark is not None and _changed(step.result, step._mark):
+                    return False
+        return True
 
     def check_unchanged(self) -> None:
-        if any(_version(tensor) != version for tensor, version in self._inputs):
-            raise RuntimeError(
-                "a tensor was changed in place after the router or the steering used it and before their result was needed; "
-                "the patched model computes late, so it cannot follow that"
-            )
+        if not self.unchanged():
+            raise RuntimeError(_CHANGED)
 
-    def open(self) -> bool:
-        """Whether the next step of the formula may be added to this one, instead of being computed."""
-        return self._value is None and self._mode.holds()
+    # For C++ code:
 
-    def softmax(self, dim: int, dtype: torch.dtype | None = None) -> Any:
-        return torch.softmax(self, dim, dtype=dtype)  # type: ignore[arg-type]
+    def detached(self) -> Tensor:
+        """The result without a history."""
+        if self.result is not None:
+            return self.result.detach()
+        if self._detached is None:
+            self.check_unchanged()
+            with self.mode.restored(grad=False):
+                self._detached = self.compute(*self._detached_inputs())
+        return self._detached
 
-    def _compute(self) -> Tensor:
-        raise NotImplementedError
+    def gradients(self, gradient: Tensor, needed: tuple[bool, ...]) -> list[Tensor | None]:
+        """At the tensors and steps among the inputs, in their order."""
+        self.check_unchanged()
+        with self.mode.restored(grad=True):
+            inputs = self._detached_inputs()
+            tensors = [value for value in inputs if isinstance(value, Tensor)]
+            wanted = [tensor.requires_grad_() for tensor, need in zip(tensors, needed, strict=True) if need]
+            found = iter(torch.autograd.grad(self.compute(*inputs), wanted, gradient))
+        return [next(found) if need else None for need in needed]
 
-    def _forget(self) -> None:
-        """Let go of what led to the value: a list of gates must not keep every layer's stream."""
+    def _detached_inputs(self) -> list[Any]:
+        values = [value.detached() if isinstance(value, Step) else value for value in self.inputs]
+        return [value.detach() if isinstance(value, Tensor) else value for value in values]
+
+
+# --- expressions --------------------------------------------------------------------------------------------------------------------------
+
+
+class Expression(Tensor):
+    """A tensor whose numbers are still to be computed."""
+
+    step: Step
 
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        step = _STEPS.get(func)
-        result = NotImplemented if step is None else step(args, kwargs)
-        return func(*_real(args), **_real(kwargs)) if result is NotImplemented else result
+        taken_up = TAKEN_UP.get(func)
+        if taken_up is not None:
+            result = taken_up(args, kwargs)
+            if result is not NotImplemented:
+                return result
+        elif func in _KNOWN_BEFORE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        return func(*_replaced(args, _plain), **_replaced(kwargs, _plain))
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tensor(), name)
-
-    def __add__(self, other: Any) -> Any:
-        return torch.add(self, other)  # type: ignore[call-overload]
-
-    def __mul__(self, other: Any) -> Any:
-        return torch.mul(self, other)  # type: ignore[arg-type]
-
-    def __matmul__(self, other: Any) -> Any:
-        return torch.matmul(self, other)  # type: ignore[arg-type]
-
-    __radd__, __rmul__ = __add__, __mul__
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.tensor().__deepcopy__(memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.tensor().__reduce_ex__(protocol)
-
-    def __repr__(self) -> str:
-        return repr(self.tensor())
-
-    __hash__ = object.__hash__
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+            written = (given.get(argument.name) for argument in func._schema.arguments if argument.is_write)
+            if any(isinstance(value, Expression) for value in written):
+                raise RuntimeError(f"{func} writes to a result of a patched router before it is computed; clone it first")
+        return func(*_replaced(args, _numbers), **_replaced(kwargs, _numbers))
 
 
-def _delegate(name: str) -> Callable[..., Any]:
-    def method(self: Expression, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.tensor(), name)(*_real(args), **_real(kwargs))
-
-    return method
-
-
-# Operators are looked up on the class, so those that no step of the formula needs are handed to the value one by one.
-_ARITHMETIC = ("sub", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-for _name in (
-    *(f"__{side}{name}__" for name in _ARITHMETIC for side in ("", "r", "i")),
-    *("__iadd__", "__imul__", "__imatmul__", "__rmatmul__", "__neg__", "__pos__", "__abs__", "__invert__"),
-    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"),
-    *("__len__", "__iter__", "__reversed__", "__contains__", "__getitem__", "__setitem__", "__array__", "__format__"),
-    *("__bool__", "__int__", "__float__", "__complex__", "__index__"),
-):
-    if hasattr(Tensor, _name):
-        setattr(Expression, _name, _delegate(_name))
-
-
-class Logits(Expression):
-    """``x W^T + b``, or some of its columns."""
-
-    def __init__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str, parent: Logits | None = None, rows: slice | None = None
-    ) -> None:
-        inputs = [tensor for tensor in (x, weight, bias) if tensor is not None]
-        super().__init__(Mode(x.device.type) if parent is None else parent._mode, parent, *inputs)
-        self._x, self._weight, self._bias, self._backend = x, weight, bias, backend
-        self._whole, self._rows = parent, rows
-
-    def __getitem__(self, index: Any) -> Any:
-        rows = self._last_dimension(index) if self.open() else None
-        if rows is None:
-            return self.tensor()[_real(index)]
-        self.check_unchanged()
-        bias = None if self._bias is None else self._bias[rows]
-        return Logits(self._x, self._weight[rows], bias, self._backend, self, rows)
-
-    def _last_dimension(self, index: Any) -> slice | None:
-        """The slice of the last dimension in ``[:, :, a:b]`` or ``[..., a:b]``; None if this is another index."""
-        if not isinstance(index, tuple) or not index:
-            return None
-        *leading, rows = index
-        whole = all(isinstance(part, slice) and part == slice(None) for part in leading) and len(index) == self._x.dim()
-        if not (whole or (len(leading) == 1 and leading[0] is Ellipsis)) or not isinstance(rows, slice):
-            return None
-        if not all(bound is None or type(bound) is int for bound in (rows.start, rows.stop, rows.step)) or rows.step not in (None, 1):
-            return None
-        start, stop, _ = rows.indices(self._weight.shape[0])
-        return slice(start, stop) if stop > start else None
-
-    def _compute(self) -> Tensor:
-        if self._whole is None:
-            return F.linear(self._x, self._weight, self._bias)
-        return self._whole.tensor()[..., self._rows]  # the same memory, as a slice has it
-
-    def _forget(self) -> None:
-        del self._x, self._weight, self._bias, self._whole
-
-    def router(self) -> tuple[Tensor, Tensor | None]:
-        """The ``W (E, D)`` and ``b (E,)`` that these logits come from."""
-        return self._weight, self._bias
-
-    def gates_dtype(self) -> torch.dtype:
-        """What the public formula's softmax returns, which autocast may have a say in."""
-        if not self._mode.autocast:
-            return self._x.dtype
-        with torch.no_grad():
-            return F.softmax(F.linear(self._x[:0], self._weight, self._bias), dim=-1).dtype
-
-
-class MixedLogits(Logits):
-    """Logits times a matrix: one public version has one router for all layers, and a matrix ``M (E, E)`` for each."""
-
-    def __init__(self, logits: Logits, matrix: Tensor) -> None:
-        super().__init__(logits._x, logits._weight, logits._bias, logits._backend, logits)
-        self._logits, self._matrix = logits, matrix
-        self._inputs.append((matrix, _version(matrix)))
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.tensor()[_real(index)]
-
-    def _compute(self) -> Tensor:
-        return self._logits.tensor() @ self._matrix
-
-    def _forget(self) -> None:
-        super()._forget()
-        del self._logits, self._matrix
-
-    def router(self) -> tuple[Tensor, Tensor | None]:
-        """``(x W^T + b) M = x (M^T W)^T + b M``."""
-        with torch.autocast(self._x.device.type, enabled=False):
-            dtype = compute_dtype(self._x.dtype)
-            matrix = self._matrix.to(dtype)
-            return matrix.mT @ self._weight.to(dtype), None if self._bias is None else self._bias.to(dtype) @ matrix
-
-
-class Gates(Expression):
-    """The softmax of `Logits`."""
-
-    def __init__(self, logits: Logits) -> None:
-        super().__init__(logits._mode, logits)
-        self._logits = logits
-
-    def _compute(self) -> Tensor:
-        return F.softmax(self._logits.tensor(), dim=-1)
-
-    def _forget(self) -> None:
-        del self._logits
-
-
-class Delta(Expression):
-    """``g V``, or ``s (g V)``."""
-
-    def __init__(self, gates: Gates, vectors: Tensor, scale: Tensor | float | None = None) -> None:
-        super().__init__(gates._mode, gates, vectors, *([scale] if isinstance(scale, Tensor) else []))
-        self._gates, self._vectors, self._scale = gates, vectors, scale
-
-    def _compute(self) -> Tensor:
-        delta = self._gates.tensor() @ self._vectors
-        return delta if self._scale is None else self._scale * delta
-
-    def _forget(self) -> None:
-        del self._gates, self._vectors, self._scale
-
-
-# --- the steps of the formula -----------------------------------------------------------------------------------------------------------
-# Each gets the arguments of a torch function, one of them an expression, and returns NotImplemented for whatever is not in the formula.
-
-
-def _softmax(args: tuple, kwargs: dict[str, Any]) -> Any:
-    options = dict(zip(("input", "dim"), args, strict=False)) | kwargs
-    logits = options.pop("input", None)
-    if not isinstance(logits, Logits) or not logits.open() or len(args) > 2:
-        return NotImplemented
-    dim = options.pop("dim", None)
-    options.pop("_stacklevel", None)
-    if dim not in (-1, logits._x.dim() - 1) or any(value is not None for value in options.values()):
-        return NotImplemented
-    return Gates(logits)
-
-
-def _einsum(args: tuple, kwargs: dict[str, Any]) -> Any:
-    if kwargs or len(args) != 3 or not isinstance(args[0], str):
-        return NotImplemented
-    frames = re.fullmatch(r"([a-zA-Z])([a-zA-Z])([a-zA-Z]),\3([a-zA-Z])->\1\2\4", args[0].replace(" ", ""))
-    if frames is None or len(set(frames.groups())) != 4:
-        return NotImplemented
-    logits = _logits_of(args[1])
-    return NotImplemented if logits is None or logits._x.dim() != 3 else _matmul(args[1:], {})
-
-
-def _matmul(args: tuple, kwargs: dict[str, Any]) -> Any:
-    if kwargs or len(args) != 2:
-        return NotImplemented
-    left, right = args
-    logits = _logits_of(left)
-    if logits is None or type(right) not in (Tensor, nn.Parameter) or right.dim() != 2 or not _alike(right, logits):
-        return NotImplemented
-    logits.check_unchanged()
-    if isinstance(left, Gates):
-        return Delta(left, right)
-    return MixedLogits(left, right) if type(left) is Logits and right.shape[0] == left._weight.shape[0] else NotImplemented
-
-
-def _mul(args: tuple, kwargs: dict[str, Any]) -> Any:
-    if kwargs or len(args) != 2:
-        return NotImplemented
-    delta, scale = args if isinstance(args[0], Delta) else args[::-1]
-    if not isinstance(delta, Delta) or not delta.open() or delta._scale is not None or _logits_of(delta._gates) is None:
-        return NotImplemented
-    if type(scale) in (Tensor, nn.Parameter):
-        known = scale.dim() == 0 and scale.is_floating_point() and scale.device == delta._vectors.device
-    else:
-        known = type(scale) in (int, float)
-    delta.check_unchanged()
-    return Delta(delta._gates, delta._vectors, scale) if known else NotImplemented
-
-
-def _add(args: tuple, kwargs: dict[str, Any]) -> Any:
-    if kwargs or len(args) != 2:
-        return NotImplemented
-    delta, x = args if isinstance(args[0], Delta) else args[::-1]
-    if not isinstance(delta, Delta) or not delta.open():
-        return NotImplemented
-    gates, vectors, scale = delta._gates, delta._vectors, delta._scale
-    logits = _logits_of(gates)
-    if logits is None or x is not logits._x:
-        return NotImplemented
-    weight, bias = logits.router()
-    if vectors.shape != (weight.shape[0], x.shape[-1]):
-        return NotImplemented
-    logits.check_unchanged()
-    delta.check_unchanged()
-    y, values = SF.steer(x, weight, bias, vectors, 1.0 if scale is None else scale, backend=logits._backend)
-    gates.become(values.to(logits.gates_dtype()))
-    return y
-
-
-def _logits_of(expression: Any) -> Logits | None:
-    """The open logits that ``expression`` is, or the softmax of which it is, if it is open."""
-    if isinstance(expression, Gates) and expression.open():
-        expression = expression._logits
-    return expression if isinstance(expression, Logits) and expression.open() else None
-
-
-def _alike(tensor: Tensor, logits: Logits) -> bool:
-    """Whether the public formula would accept ``tensor`` here, so that the fused pass never hides an error of it."""
-    return tensor.device == logits._x.device and tensor.is_floating_point() and (tensor.dtype == logits._x.dtype or logits._mode.autocast)
-
-
-_STEPS: dict[Any, Callable[[tuple, dict[str, Any]], Any]] = {
-    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
-    **dict.fromkeys((torch.einsum,), _einsum),
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _mul),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
+_KNOWN_BEFORE = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")),
+    *(Tensor.dim, Tensor.size, Tensor.__len__),
 }
 
 
-def _version(tensor: Tensor) -> int | None:
-    """How often ``tensor`` has been written to; None for inference tensors, which do not count."""
-    return None if tensor.is_inference() else tensor._version
+class _History(torch.autograd.Function):
+    """Takes gradients on for those who have an expression from C++. The fused pass goes past it."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, *inputs: Tensor) -> Tensor:
+        ctx.step = step
+        return _bare(step)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return (None, *ctx.step.gradients(gradient, ctx.needs_input_grad[1:]))
 
 
-def _real(value: Any) -> Any:
+# What ``apply`` does for torch.func before this is never needed: no expressions are made under its transforms. It takes as long again.
+_with_history = super(torch.autograd.Function, _History).apply
+
+
+def express(step: Step, *sources: Any) -> Expression:
+    """The expression of ``step``; ``sources`` are its inputs, with their expressions in place of steps."""
+    expression = _with_history(step, *[s for s in sources if isinstance(s, Tensor)]) if step.differentiable else _bare(step)
+    step.expression = weakref.ref(expression)
+    if _SCOPE.made is not None:
+        _SCOPE.made.append(weakref.ref(step))
+    return expression
+
+
+def _bare(step: Step) -> Expression:
+    expression = Tensor._make_wrapper_subclass(Expression, step.shape, step.strides, dtype=step.dtype, device=step.device)  # type: ignore[attr-defined]
+    torch._C._set_throw_on_mutable_data_ptr(expression)  # for code that reads memory without a word: there is none
+    expression.step = step
+    return expression
+
+
+def opened(expression: Any, kinds: Any) -> Any:
+    """Its step, if it is of one of the ``kinds`` and the next may be added to it, instead of computing it; else None."""
+    if not isinstance(expression, Expression):
+        return None
+    step = expression.step
+    return step if isinstance(step, kinds) and step.result is None and step.mode.holds() and not _rewritten(expression) else None
+
+
+def _rewritten(expression: Expression) -> bool:
+    """Whether it got another history: it was made in the forward of an ``autograd.Function`` and is a result of that now."""
+    step = expression.step
+    if not step.mode.in_function or step.differentiable:
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        return expression.requires_grad
+
+
+def _plain(expression: Expression) -> Tensor:
+    """The tensor that it stands for; where possible, the very object."""
+    if not _rewritten(expression):
+        return expression.step.value()
+    with torch.inference_mode(False), torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+        return _turned_into(expression, expression.clone())
+
+
+def _numbers(expression: Expression) -> Tensor:
+    return expression.step.detached()
+
+
+def _turned_into(expression: Expression, value: Tensor) -> Tensor:
+    """``expression``, which is ``value`` now; or else, where C++ code has a hold on either, ``value``."""
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            torch.utils.swap_tensors(expression, value)
+    except RuntimeError:
+        return value
+    return expression
+
+
+def _replaced(value: Any, replace: Callable[[Expression], Tensor]) -> Any:
     if isinstance(value, Expression):
-        return value.tensor()
+        return replace(value)
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_real(item) for item in value)
+        return type(value)(_replaced(item, replace) for item in value)
     if isinstance(value, dict):
-        return {key: _real(item) for key, item in value.items()}
+        return {key: _replaced(item, replace) for key, item in value.items()}
     return value
+
+
+# --- where expressions end ----------------------------------------------------------------------------------------------------------------
+
+
+class _Scope(threading.local):
+    """Of this thread: what the method that is running made; None while no method of a patched model is."""
+
+    made: list[weakref.ref[Step]] | None = None
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[Tensor, Tensor]] = []
+
+
+_SCOPE = _Scope()
+
+
+@contextmanager
+def no_expressions_left() -> Iterator[None]:
+    """Expressions made inside that somebody still has at the end, wherever he keeps them, turn into plain tensors.
+
+    One that can no longer be computed, as what it was made from was written to, stays one, and says so when it is used.
+    """
+    outside, _SCOPE.made = _SCOPE.made, []
+    try:
+        yield
+        for step in [made() for made in _SCOPE.made]:
+            expression = None if step is None or step.expression is None else step.expression()
+            if expression is not None and step.result is None and step.unchanged():  # type: ignore[union-attr]
+                _plain(expression)
+        if outside is None and _SCOPE.samples:
+            before, now = (torch.cat([sample.reshape(-1).double() for sample in samples]) for samples in zip(*_SCOPE.samples, strict=True))
+            if not _same(before, now):
+                raise RuntimeError(_CHANGED)
+    finally:
+        _SCOPE.made = outside
+        if outside is None:
+            _SCOPE.samples = []

@@ -8,7 +8,8 @@ them all. What the methods of the module with the steering vectors return is ten
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Generator
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -20,7 +21,8 @@ from ..backends import get_backend
 from ..modules import FusedSteerMoE
 from ..reference import SteerMoEAligner
 from .class_swap import Swapped, swap
-from .expressions import Expression, Logits
+from .expressions import no_expressions_left
+from .formula import router_logits
 
 __all__ = ["patch_steermoe"]
 
@@ -73,36 +75,45 @@ def _routers(module: nn.Module) -> list[nn.Module]:
 # --- what is exchanged in the model -----------------------------------------------------------------------------------------------------
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 class PatchedRouter(Swapped):
     """A Linear that answers with `Logits` where the fused operator can take over."""
 
     _added: ClassVar[tuple[str, ...]] = ("_backend",)
 
     def forward(self, x: Tensor) -> Any:
-        if not self._may_wait(x):
+        weight, bias = self.weight, self.bias
+        if not self._may_wait(x, weight, bias):
             return super().forward(x)  # type: ignore[misc]
-        return Logits(x, self.weight, self.bias, self._backend)
+        return router_logits(x, weight, bias, self._backend)
 
-    def _may_wait(self, x: Tensor) -> bool:
-        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
+    def _may_wait(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return not (
             torch.compiler.is_compiling()
             or torch.jit.is_tracing()
-            or any(hooks)
+            or torch._C._are_functorch_transforms_active()
+            or self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
             or _has_any_global_hook()
-            or any(type(t) not in (Tensor, nn.Parameter) for t in (x, self.weight, *([] if self.bias is None else [self.bias])))
-            or x.device != self.weight.device
+            or type(x) not in _PLAIN
+            or type(weight) not in _PLAIN
+            or (bias is not None and type(bias) not in _PLAIN)
+            or x.device != weight.device
             or x.device.type == "meta"
             or x.dim() == 0
-            or x.shape[-1] != self.weight.shape[1]
-            or not self._dtypes_agree(x)
+            or x.shape[-1] != weight.shape[1]
+            or not self._dtypes_agree(x, weight)
         )
 
-    def _dtypes_agree(self, x: Tensor) -> bool:
+    def _dtypes_agree(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the public formula would return the stream in ``x``'s dtype, as the fused operator does."""
         if torch.is_autocast_enabled(x.device.type):
             return x.dtype in (torch.float32, torch.get_autocast_dtype(x.device.type))
-        return x.dtype == self.weight.dtype
+        return x.dtype == weight.dtype
 
 
 class PatchedSteering(Swapped):
@@ -119,27 +130,36 @@ class PatchedSteering(Swapped):
 
 
 def _returning_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return _settle(method(*args, **kwargs))
+    if inspect.isgeneratorfunction(method):
+
+        @functools.wraps(method)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return _yielding_tensors(method(*args, **kwargs))
+    else:
+
+        @functools.wraps(method)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return method(*args, **kwargs)
+            with no_expressions_left():
+                return method(*args, **kwargs)
 
     return wrapper
 
 
-def _settle(value: Any) -> Any:
-    """``value`` with tensors in place of expressions; lists and dicts are changed in place, as others may hold them too."""
-    if isinstance(value, Expression):
-        return value.tensor()
-    if isinstance(value, list):
-        for index, item in enumerate(value):
-            value[index] = _settle(item)
-    elif isinstance(value, dict):
-        for key, item in list(value.items()):
-            settled = _settle(item)
-            if settled is not item:
-                value[key] = settled
-    elif isinstance(value, tuple):
-        items = [_settle(item) for item in value]
-        if any(new is not old for new, old in zip(items, value, strict=True)):
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+def _yielding_tensors(generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    """``generator``, between whose steps other code runs."""
+    resume, value = generator.send, None
+    while True:
+        try:
+            with no_expressions_left():
+                item = resume(value)
+        except StopIteration as end:
+            return end.value
+        try:
+            resume, value = generator.send, (yield item)
+        except GeneratorExit:
+            generator.close()
+            raise
+        except BaseException as error:
+            resume, value = generator.throw, error

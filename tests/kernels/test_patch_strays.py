@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from public_versions import EXPERTS, WIDTH, Results, assert_same, draw
 from torch import Tensor, nn
 
 from steermoe_kernels import patch_steermoe
-from steermoe_kernels.encoders.expressions import Expression
 
 # A version of the loop's body is a function of the stream, the router and the vectors. Whatever it does, the patched router must give
 # what a plain Linear gives: outputs, gradients, and errors.
@@ -255,29 +253,3 @@ def test_a_late_result_of_something_written_to_is_refused(what: str) -> None:
 
     with pytest.raises(RuntimeError, match="changed in place after the router"):
         patch_steermoe(Stray(body))(draw().float())
-
-
-def test_a_gate_kept_aside_behaves_as_a_tensor() -> None:
-    """Outside of what a method returns, an expression may be met; it can be handled, stored and copied like the tensor it stands for."""
-    model = Stray(lambda x, router, V, s: setattr(model, "kept", F.softmax(router(x), dim=-1)) or x)
-    patch_steermoe(model)(draw().float())
-    assert isinstance(model.kept, Expression)
-    value = model.kept.tensor()
-    assert torch.equal(pickle.loads(pickle.dumps(model.kept)), value)
-    assert torch.equal(copy.deepcopy(model.kept.detach()), value)
-    assert repr(model.kept) == repr(value)
-    assert f"{model.kept.sum():.3f}" == f"{value.sum():.3f}"
-
-
-def test_what_led_to_the_gates_is_let_go() -> None:
-    kept: list[Any] = []
-
-    def body(x: Tensor, router: Any, V: Tensor, s: Tensor) -> Tensor:
-        gates = F.softmax(router(x), dim=-1)
-        kept.append(gates)
-        return x + s * torch.einsum("bte,ef->btf", gates, V)
-
-    with torch.no_grad():
-        patch_steermoe(Stray(body))(draw().float())
-    held = [value for value in vars(kept[0]).values() if isinstance(value, (Tensor, Expression))]
-    assert [tuple(value.shape) for value in held] == [(2, 7, EXPERTS)]
