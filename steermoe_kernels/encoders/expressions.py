@@ -31,7 +31,8 @@ TAKEN_UP: dict[Any, Callable[[tuple, dict[str, Any]], Any]] = {}
 
 # --- what can change between a step and its result ----------------------------------------------------------------------------------------
 
-_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+# Before 2.8 torch does not tell. Where a checkpoint's end lies between two steps, its own error about what was saved comes then.
+_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 _in_transform = torch._C._are_functorch_transforms_active
 _forward_mode = torch._C._is_fwd_grad_enabled
 
@@ -99,10 +100,17 @@ def _changed(tensor: Tensor, mark: Any) -> bool:
     if not isinstance(mark, Tensor):
         return bool(tensor._version != mark)
     now = _sample(tensor)
-    if mark.device.type != "cpu" and _SCOPE.made is not None:
-        _SCOPE.samples.append((mark, now.clone()))  # to compare them is to wait for the device: once, where the method ends
-        return False
-    return not _same(mark, now)
+    if mark.device.type in _READ_AT_ONCE:
+        return not _same(mark, now)
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False  # nothing is computed now
+    if _SCOPE.made is None:
+        return not _same(mark, now)
+    _SCOPE.samples.append((mark, now.clone()))  # to compare is to wait for the device: once, where the method ends
+    return False
+
+
+_READ_AT_ONCE = ("cpu",)
 
 
 def _same(before: Tensor, now: Tensor) -> bool:
@@ -251,7 +259,10 @@ class Expression(Tensor):
         elif func in _KNOWN_BEFORE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        return func(*_replaced(args, _plain), **_replaced(kwargs, _plain))
+        plain, named = _replaced(args, _plain), _replaced(kwargs, _plain)
+        if (args and isinstance(args[0], Expression) and _writes(func)) or isinstance(kwargs.get("out"), Expression):
+            raise RuntimeError(_WRITTEN.format(func.__name__))  # it could not turn into the value, so who holds it would not see this
+        return func(*plain, **named)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:  # type: ignore[override]
@@ -260,8 +271,21 @@ class Expression(Tensor):
             given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
             written = (given.get(argument.name) for argument in func._schema.arguments if argument.is_write)
             if any(isinstance(value, Expression) for value in written):
-                raise RuntimeError(f"{func} writes to a result of a patched router before it is computed; clone it first")
+                raise RuntimeError(_WRITTEN.format(func))
         return func(*_replaced(args, _numbers), **_replaced(kwargs, _numbers))
+
+
+_WRITTEN = (
+    "{} writes to a result of a patched router that an autograd.Function, or other C++ code, was handed before it was computed; "
+    "clone it first"
+)
+_OPERATORS = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_WRITING = {"__setitem__", *(f"__i{operator}__" for operator in _OPERATORS)}
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    name = func.__name__
+    return name in _WRITING or (name.endswith("_") and not name.endswith("__"))
 
 
 _KNOWN_BEFORE = {

@@ -1,8 +1,8 @@
 """`patch_steermoe`: an instance of the public implementation, made to run on the fused operator.
 
 Every version of the public code (github.com/forfrt/SteerMoE) writes the same formula in its own loop. The loop is left alone. Only the
-router answers differently: with an expression (`expressions.py`) that takes up the steps of the formula until one fused pass can compute
-them all. What the methods of the module with the steering vectors return is tensors again.
+router answers differently: with an expression (`expressions.py`) that takes up the steps of the formula (`formula.py`) until one fused pass
+can compute them all. What the methods of the module with the steering vectors leave behind is plain tensors again.
 """
 
 from __future__ import annotations
@@ -31,8 +31,17 @@ def patch_steermoe(model: nn.Module, *, backend: str = "auto") -> nn.Module:
     """Make ``model``, or every part of it that is public SteerMoE code, run on the fused operator; in place, weights shared.
 
     A part is public SteerMoE code if it has ``steering_vectors`` and a ``router``, a ``shared_router`` or ``routers`` of class
-    ``nn.Linear``. Outputs, returned gates and gradients are those of the public code; parameters, ``state_dict`` and copies stay as they
-    are. Patching again only changes ``backend``. Under torch.compile, and while the router has hooks, the public formula runs as written.
+    ``nn.Linear``. Outputs, returned gates and the gradients of parameters and inputs are those of the public code; parameters,
+    ``state_dict`` and copies stay as they are. Patching again only changes ``backend``. Under torch.compile and the transforms of
+    torch.func, and while the router has hooks, the public formula runs as written. What differs, where the formula is fused:
+
+    - The steered stream does not depend on the gates that autograd knows: ``gates.grad``, hooks on gates and ``autograd.grad(loss, gates)``
+      have the part that comes of using the gates themselves, not the part that comes along the stream.
+    - The backward needs the steered stream: writing to it in place (``x.clamp_(...)``) makes the backward raise torch's error.
+    - Writing to the stream between ``router(x)`` and the sum makes the sum raise RuntimeError: what the gates are made of is gone. In
+      inference mode that is told by one number of each frame, so a write that leaves all of these as they are goes unnoticed, as does one
+      while a CUDA graph is captured, and, in any mode, one through ``.data``.
+    - Second derivatives raise RuntimeError, and so does an ``autograd.Function`` that writes in place to what it got of the formula.
 
     Raises TypeError for anything but a module, ValueError where there is no such part, and as `get_backend`.
     """
@@ -117,7 +126,7 @@ class PatchedRouter(Swapped):
 
 
 class PatchedSteering(Swapped):
-    """The module with the steering vectors: whatever its methods return holds tensors, not expressions."""
+    """The module with the steering vectors: what its methods made and somebody keeps is tensors, not expressions, when they end."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

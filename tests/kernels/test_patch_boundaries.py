@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from steermoe_kernels import patch_steermoe
+from steermoe_kernels.encoders import expressions
 from steermoe_kernels.encoders.expressions import Expression
 
 LAYERS = 2
@@ -217,13 +217,30 @@ for kind in (checkpointed, checkpointed_delta, checkpointed_sum):
     BODIES |= {f"{kind.__name__}-{'reentrant' if reentrant else 'other'}": kind(reentrant) for reentrant in (True, False)}
 
 
+_ENDING_IN_A_CHECKPOINT = ("checkpointed_delta-other", "checkpointed_sum-other")
+
+
 @pytest.mark.parametrize("name", BODIES)
 def test_code_that_does_not_ask_gets_numbers_and_gradients(name: str) -> None:
+    if name in _ENDING_IN_A_CHECKPOINT and not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        pytest.skip("this torch does not tell whether a checkpoint begins between two steps")
     public = Loop(BODIES[name]).double()
     ours = patch_steermoe(copy.deepcopy(public))
     for model in (public, ours):
         model.keep.register_full_backward_hook(lambda module, to_input, to_output: tuple(5 * gradient for gradient in to_input))
     assert_same(everything(ours), everything(public))
+
+
+def test_under_transforms_the_formula_runs_as_written(passes: list) -> None:
+    public = Loop(steered).double()
+    ours, x = patch_steermoe(copy.deepcopy(public)), draw()
+    for transformed in (
+        lambda model: torch.func.grad(lambda x: model(x)[0].square().sum())(x),
+        lambda model: torch.func.jvp(lambda x: model(x)[0], (x,), (x,))[1],
+        lambda model: torch.vmap(lambda x: model(x[None])[0])(x),
+    ):
+        torch.testing.assert_close(transformed(ours), transformed(public), rtol=1e-10, atol=1e-10)
+    assert not passes
 
 
 def test_nothing_can_read_or_write_the_memory_that_is_not_there() -> None:
@@ -234,6 +251,28 @@ def test_nothing_can_read_or_write_the_memory_that_is_not_there() -> None:
         with pytest.raises(RuntimeError, match="clone it first"), torch.no_grad():
             logits.mul_(2)
         assert logits.square().shape == logits.shape
+
+
+class Doubled(torch.autograd.Function):
+    """In place."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.mark_dirty(value)
+        return value.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+def test_a_function_that_writes_to_an_expression_is_refused() -> None:
+    def body(m: Any, x: Tensor, layer: int) -> Any:
+        gates = F.softmax(Doubled.apply(logits_of(m, x, layer)), dim=-1)
+        return x + delta_of(m, gates, layer), gates
+
+    with pytest.raises(RuntimeError, match="mul_ writes to a result of a patched router"):
+        patch_steermoe(Loop(body))(draw().float())
 
 
 def test_second_derivatives_through_a_history_are_refused() -> None:
@@ -310,7 +349,6 @@ class Leaky(Loop):
 def assert_leaks_nothing(tensors: list[Tensor]) -> None:
     for tensor in tensors:
         assert type(tensor) is Tensor and not vars(tensor) and tensor.grad_fn is not None
-    assert not [found for found in gc.get_objects() if type(found) is Expression]
 
 
 def test_expressions_turn_into_tensors_wherever_they_are_kept() -> None:
@@ -373,7 +411,7 @@ def test_what_led_to_the_gates_is_let_go(mode: Any) -> None:
 
 
 @pytest.mark.parametrize("written", ["all", "a frame", "some channels", "the gates"])
-def test_writing_to_the_stream_is_noticed_in_inference_mode(written: str) -> None:
+def test_writing_to_the_stream_is_noticed_in_inference_mode(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def body(m: Any, x: Tensor, layer: int) -> Any:
         gates = gates_of(m, x, layer)
         delta = delta_of(m, gates, layer)
@@ -384,8 +422,15 @@ def test_writing_to_the_stream_is_noticed_in_inference_mode(written: str) -> Non
             {"all": x, "a frame": x[1, 3:4], "some channels": x[..., : WIDTH // 2]}[written].mul_(0.5)
         return x + m.layer_scales[layer] * delta, gates
 
+    ours = patch_steermoe(Loop(body))
     with torch.inference_mode(), pytest.raises(RuntimeError, match="changed in place after the router"):
-        patch_steermoe(Loop(body))(draw().float())
+        ours(draw().float())
+    monkeypatch.setattr(expressions, "_READ_AT_ONCE", ())  # as on a device, for which the comparison waits until the end
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="changed in place after the router"):
+        ours(draw().float())
+    ours.body = steered
+    with torch.inference_mode():
+        ours(draw().float())
 
 
 def test_a_stream_of_nan_is_not_taken_for_a_changed_one(passes: list) -> None:
