@@ -284,16 +284,20 @@ class BackwardPass {
   template <int R, typename Row>
   void gradient_at_u(std::int64_t first, std::int64_t at, std::int64_t c, Row d) {
     auto store = storing_du(first, [d, at](std::int64_t r) { return d(at + r); });
-    mix_columns<R>(dz_ + at * p_.experts, operands_.W, c, store);
+    if (!prefetches_stores_) return mix_columns<R>(dz_ + at * p_.experts, operands_.W, c, store);
+    const S* next = static_cast<const S*>(call_.du) + (first + block_) * p_.width;
+    auto prefetch_and_store = [&store, next, D = p_.width](auto whole, int r, std::int64_t column, const V* dzW) {
+      prefetch_registers<C, kRegisters>(next + r * D + column);
+      store(whole, r, column, dzW);
+    };
+    mix_columns<R>(dz_ + at * p_.experts, operands_.W, c, prefetch_and_store);
   }
 
   template <typename Row>
   auto storing_du(std::int64_t first, Row row) const {
-    return [row, ahead = prefetches_stores_ ? block_ * p_.width : 0, D = p_.width, du = static_cast<S*>(call_.du) + first * p_.width](
-               auto whole, int r, std::int64_t c, const V* dzW) {
+    return [row, D = p_.width, du = static_cast<S*>(call_.du) + first * p_.width](auto whole, int r, std::int64_t c, const V* dzW) {
       const auto* d = row(r) + c;
       S* out = du + r * D + c;
-      if (ahead != 0) prefetch_registers<C, kRegisters>(out + ahead);
 #pragma GCC unroll 8
       for (int k = 0; k < kRegisters; ++k) store_up_to(V::load(d + k * kLanes) + dzW[k], out + k * kLanes, D - c - k * kLanes, whole);
     };

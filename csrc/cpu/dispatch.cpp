@@ -20,15 +20,21 @@ struct Level {
 };
 
 #if defined(STEER_X86)
-// What compilers' __builtin_cpu_supports does not know in every version.
+// What compilers' __builtin_cpu_supports does not know in every version. Asked once: on a virtual machine the host has to answer.
 bool has_f16c() {
-  unsigned eax, ebx, ecx, edx;
-  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & (1u << 29)) != 0;
+  static const bool found = [] {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & (1u << 29)) != 0;
+  }();
+  return found;
 }
 
 [[maybe_unused]] bool has_avx512bf16() {
-  unsigned eax, ebx, ecx, edx;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1u << 5)) != 0;
+  static const bool found = [] {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1u << 5)) != 0;
+  }();
+  return found;
 }
 #endif
 

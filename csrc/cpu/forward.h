@@ -91,18 +91,29 @@ class ForwardPass {
     router_logits<R>(u, x);
     const C* g = route_rows(std::integral_constant<int, R>(), first);
     const bool two_tiles = E <= 2 * V::kExperts;  // which have prefetched four of the next rows
-    const S* residual = static_cast<const S*>(call_.residual) + (call_.residual == nullptr ? 0 : (first + R) * D);
-    const S* y = static_cast<const S*>(call_.y) + (first + R) * D;
     const auto steer = steering(u, first);
-    mix<C, R>(g, operands_.V, E, D, [&](auto whole, int r, std::int64_t d, const V* gV) {
+    const auto emit = [&](auto whole, int r, std::int64_t d, const V* gV) __attribute__((always_inline)) {
       if (r >= 4 && two_tiles) prefetch_registers<C, kRegisters>(x + (R + r) * D + d);
-      if (prefetches_stores_) {
-        prefetch_registers<C, kRegisters>(y + r * D + d);
-        if (call_.residual != nullptr) prefetch_registers<C, kRegisters>(residual + r * D + d);
-      }
       steer(whole, r, d, gV);
-    });
+    };
+    if (prefetches_stores_)
+      mix_prefetching<R>(g, first + R, emit);
+    else
+      mix<C, R>(g, operands_.V, E, D, emit);
     norm_rows(first, R);
+  }
+
+  // mix with the lines of y, and of the residual, from row `next` on prefetched.
+  template <int R, typename Emit>
+  void mix_prefetching(const C* g, std::int64_t next, Emit&& emit) {
+    const std::int64_t D = p_.width, E = p_.experts;
+    const S* y = static_cast<const S*>(call_.y) + next * D;
+    const S* residual = call_.residual == nullptr ? y : static_cast<const S*>(call_.residual) + next * D;
+    mix<C, R>(g, operands_.V, E, D, [&](auto whole, int r, std::int64_t d, const V* gV) {
+      prefetch_registers<C, kRegisters>(y + r * D + d);
+      if (residual != y) prefetch_registers<C, kRegisters>(residual + r * D + d);
+      emit(whole, r, d, gV);
+    });
   }
 
   // Where that pays, rows lie ready in the stream, and are too wide to stay in L1 between their dot products and their mix.
