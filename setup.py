@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -51,12 +52,12 @@ class FreshBuild(build_py):
 
     def run(self) -> None:
         for package in self.packages or ():
-            if not self.editable_mode:
-                shutil.rmtree(Path(self.build_lib, *package.split(".")), ignore_errors=True)
+            built = Path(self.build_lib, *package.split("."))
+            if not self.editable_mode and built.resolve() != Path(self.get_package_dir(package)).resolve():
+                shutil.rmtree(built, ignore_errors=True)
         for module in {"_cpu", "_cuda"} - set(MODULES):
-            for left_over in (ROOT / "steermoe_kernels").glob(f"{module}.*.so"):
-                with contextlib.suppress(OSError):
-                    left_over.unlink()
+            with contextlib.suppress(OSError):
+                (ROOT / "steermoe_kernels" / (module + sysconfig.get_config_var("EXT_SUFFIX"))).unlink()
         super().run()
 
 

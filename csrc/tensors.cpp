@@ -133,7 +133,7 @@ py::object to_object(ManagedTensor* managed) {
 // Whether there is memory where a tensor says that it is. One whose storage has been freed lies as far from address 0 as it lay in its
 // storage: only low addresses, where hardly any memory is, have to be asked about.
 bool has_memory(py::handle object, const void* data) {
-  constexpr std::uintptr_t kLow = std::uintptr_t{1} << 32;
+  constexpr std::uintptr_t kLow = std::uintptr_t{1} << 38;  // no storage is so large
   if (reinterpret_cast<std::uintptr_t>(data) >= kLow) return true;
   const auto storage = py::reinterpret_steal<py::object>(PyObject_CallOneArg(untyped_storage, object.ptr()));
   const auto bytes = py::reinterpret_steal<py::object>(storage ? PyObject_CallMethod(storage.ptr(), "nbytes", nullptr) : nullptr);

@@ -181,7 +181,7 @@ def check_memory(**tensors: Tensor | None) -> None:
             raise RuntimeError(f"{name} has no memory: its storage has been freed, as FSDP does with parameters that are not in use")
 
 
-_LOW = 1 << 32  # an offset in a storage that begins at address 0; only so low an address has to be asked about
+_LOW = 1 << 38  # no storage is so large; what begins at address 0 lies below, and little else does, which has to be asked
 
 
 def check_projection(h: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -54,7 +54,7 @@ def steer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     refuse_forward_mode(arguments)
     if is_observed(arguments):
         return torch.ops.steermoe.steer.default(*arguments)[:3]
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return ops.steer(*arguments)[:3]
     with torch.no_grad():
         results = ops.steer(*arguments)
@@ -69,6 +69,9 @@ def steer_directly(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor] | No
     """
     if is_dynamo_compiling() or forward_ad._current_level >= 0:
         return None
+    if torch.is_inference_mode_enabled() and torch.is_grad_enabled():  # the first has the last word
+        with torch.no_grad():
+            return _steer_directly(*arguments)
     return _steer_directly(*arguments)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -277,18 +276,14 @@ def _eps(norm: Any, x: Tensor, dtype: torch.dtype) -> float:
     return _unstated_eps(dtype) if eps is None else float(eps)
 
 
-@torch.compiler.assume_constant_result
 def _unstated_eps(dtype: torch.dtype) -> float:
-    return _measured_eps(dtype)  # whose cache torch.compile would look through
+    """What ``F.rms_norm`` adds where it is given no eps: of half precision the machine epsilon of the dtype, as torch's documentation says,
+    or of float32, as versions of torch compute."""
+    return torch.finfo(dtype if _ADDS_EPS_OF_HALF else compute_dtype(dtype)).eps
 
 
-@cache
-def _measured_eps(dtype: torch.dtype) -> float:
-    """What ``F.rms_norm`` adds where it is given no eps: of half precision it is the machine epsilon of the dtype, as torch's documentation
-    says, or of float32, as versions of torch compute."""
-    own, accumulated = torch.finfo(dtype).eps, torch.finfo(compute_dtype(dtype)).eps
-    small = torch.full((1,), 2.0**-9, dtype=dtype)  # its square lies between the two: only the first would keep it from becoming one
-    return own if F.rms_norm(small, (1,)).item() < 0.5 else accumulated
+# Looked at here, where no tracer and no other device is in the way. The number's square lies between the two: float32's leaves about one.
+_ADDS_EPS_OF_HALF = F.rms_norm(torch.full((1,), 2.0**-9, dtype=torch.bfloat16, device="cpu"), (1,)).item() < 0.5
 
 
 _OTHER_NORMS = (nn.GroupNorm, nn.modules.batchnorm._NormBase)  # instance norms are of the second kind

@@ -40,13 +40,13 @@ _forward_mode = torch._C._is_fwd_grad_enabled
 class Mode:
     """What of torch's settings decides what an operation does and keeps. A step is computed as of when it was made."""
 
-    __slots__ = ("autocast", "device", "grad", "in_function", "settings")
+    __slots__ = ("autocast", "device", "grad", "in_function", "inference", "settings")
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.settings = self._now()
-        self.grad, inference, forward_mode, self.autocast, _, _ = self.settings
-        self.in_function = not forward_mode and not inference  # the forward of an autograd.Function, that is
+        self.grad, self.inference, forward_mode, self.autocast, _, _ = self.settings
+        self.in_function = not forward_mode and not self.inference  # the forward of an autograd.Function, that is
 
     def _now(self) -> tuple[Any, ...]:
         autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else None
@@ -72,8 +72,9 @@ class Mode:
                 stack.enter_context(torch.inference_mode(inference))
             stack.enter_context(torch.set_grad_enabled(self.grad if grad is None else grad))
             stack.enter_context(torch.autocast(self.device, dtype=autocast, enabled=autocast is not None))
-            if hooks != _saving_hooks(True):
-                stack.enter_context(saved_tensors_hooks(*(hooks or (_as_it_is, _as_it_is))))
+            # Those of a checkpoint that has ended since must not hear of more, which its recomputation will not save again.
+            if hooks is None and _saving_hooks(True) is not None:
+                stack.enter_context(saved_tensors_hooks(_as_it_is, _as_it_is))
             yield
 
 
@@ -82,23 +83,26 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def _mark(tensor: Tensor) -> Any:
-    """What tells whether ``tensor`` was written to since: its version; of inference tensors, which have none, a few numbers."""
-    return _sample(tensor).clone() if tensor.is_inference() else tensor._version
+    """What tells whether ``tensor`` was written to since, or became a leaf: its version; of inference tensors, which have none, a few
+    numbers."""
+    return _sample(tensor).clone() if tensor.is_inference() else (tensor._version, tensor.requires_grad)
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """One number of each frame, each of another channel, so that writing to some frames or to a range of channels is seen."""
+    """One number of each frame (..., D): of frame i channel i mod D, so that writing to some frames or to a range of channels is seen."""
     if tensor.dim() == 0 or tensor.numel() == 0:
         return tensor
     width = tensor.shape[-1]
-    if tensor.is_contiguous():
-        return tensor.as_strided((-(-tensor.numel() // (width + 1)),), (width + 1,))
-    return tensor[..., width // 2]
+    frames = tensor.numel() // width
+    if frames <= width and tensor.is_contiguous():
+        return tensor.as_strided((frames,), (width + 1,))
+    channels = torch.arange(frames, device=tensor.device).remainder_(width).view(*tensor.shape[:-1], 1)
+    return tensor.gather(-1, channels)
 
 
 def _changed(tensor: Tensor, mark: Any) -> bool:
     if not isinstance(mark, Tensor):
-        return bool(tensor._version != mark)
+        return bool((tensor._version, tensor.requires_grad) != mark)
     now = _sample(tensor)
     if mark.device.type in _READ_AT_ONCE:
         return not _same(mark, now)
@@ -106,11 +110,14 @@ def _changed(tensor: Tensor, mark: Any) -> bool:
         return False  # nothing is computed now
     if _SCOPE.made is None:
         return not _same(mark, now)
-    _SCOPE.samples.append((mark, now.clone()))  # to compare is to wait for the device: once, where the method ends
+    _SCOPE.samples.append((mark, now.clone()))  # to compare is to wait for the device: once, where the method ends, or many of them
+    if len(_SCOPE.samples) >= _MANY:
+        _SCOPE.compare_samples()
     return False
 
 
 _READ_AT_ONCE = ("cpu",)
+_MANY = 1000
 
 
 def _same(before: Tensor, now: Tensor) -> bool:
@@ -153,7 +160,7 @@ class Step:
             elif isinstance(value, Tensor):
                 self.marks.append((value, _mark(value)))
                 differentiable |= value.requires_grad
-        self.differentiable = differentiable and mode.grad
+        self.differentiable = differentiable and mode.grad and not mode.inference
 
     def compute(self, *inputs: Any) -> Tensor:
         """The public code's operation on ``inputs``, all of them tensors and numbers."""
@@ -168,11 +175,17 @@ class Step:
         if self.result is None:
             self.check_unchanged()
             self._computing = True
-            with self.mode.restored():
-                self._take(self.compute(*(step.value() if isinstance(step, Step) else step for step in self.inputs)))
-                for derived in [derived() for derived in self.derived]:
-                    if derived is not None and not derived._computing:
-                        derived.value()
+            try:
+                with self.mode.restored():
+                    self._take(self.compute(*(step.value() if isinstance(step, Step) else step for step in self.inputs)))
+                    self._mark = _mark(self.result) if self.derived else None  # type: ignore[arg-type]
+                    for derived in [derived() for derived in self.derived]:
+                        if derived is not None and not derived._computing:
+                            derived.value()
+            finally:
+                self._computing = False
+            if not self.differentiable:
+                self.forget()
         return self.result  # type: ignore[return-value]
 
     def become(self, value: Tensor) -> None:
@@ -289,8 +302,8 @@ def _writes(func: Callable[..., Any]) -> bool:
 
 
 _KNOWN_BEFORE = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")),
-    *(Tensor.dim, Tensor.size, Tensor.__len__),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")),
+    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.__len__),
 }
 
 
@@ -318,6 +331,8 @@ def express(step: Step, *sources: Any) -> Expression:
     step.expression = weakref.ref(expression)
     if _SCOPE.made is not None:
         _SCOPE.made.append(weakref.ref(step))
+        if len(_SCOPE.made) >= _MANY:
+            _SCOPE.made = [made for made in _SCOPE.made if made() is not None]
     return expression
 
 
@@ -332,14 +347,14 @@ def opened(expression: Any, kinds: Any) -> Any:
     """Its step, if it is of one of the ``kinds`` and the next may be added to it, instead of computing it; else None."""
     if not isinstance(expression, Expression):
         return None
-    step = expression.step
+    step = getattr(expression, "step", None)  # another thread may have made it a plain tensor by now
     return step if isinstance(step, kinds) and step.result is None and step.mode.holds() and not _rewritten(expression) else None
 
 
 def _rewritten(expression: Expression) -> bool:
     """Whether it got another history: it was made in the forward of an ``autograd.Function`` and is a result of that now."""
-    step = expression.step
-    if not step.mode.in_function or step.differentiable:
+    step = getattr(expression, "step", None)
+    if step is None or not step.mode.in_function or step.differentiable:
         return False
     with torch._C.DisableTorchFunctionSubclass():
         return expression.requires_grad
@@ -348,7 +363,8 @@ def _rewritten(expression: Expression) -> bool:
 def _plain(expression: Expression) -> Tensor:
     """The tensor that it stands for; where possible, the very object."""
     if not _rewritten(expression):
-        return expression.step.value()
+        step = getattr(expression, "step", None)
+        return expression if step is None else step.value()
     with torch.inference_mode(False), torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
         return _turned_into(expression, expression.clone())
 
@@ -388,6 +404,14 @@ class _Scope(threading.local):
     def __init__(self) -> None:
         self.samples: list[tuple[Tensor, Tensor]] = []
 
+    def compare_samples(self) -> None:
+        """RuntimeError if those before and those at the end differ."""
+        pairs, self.samples = self.samples, []
+        if pairs:
+            before, now = (torch.cat([sample.reshape(-1).double() for sample in samples]) for samples in zip(*pairs, strict=True))
+            if not _same(before, now):
+                raise RuntimeError(_CHANGED)
+
 
 _SCOPE = _Scope()
 
@@ -403,12 +427,15 @@ def no_expressions_left() -> Iterator[None]:
         yield
         for step in [made() for made in _SCOPE.made]:
             expression = None if step is None or step.expression is None else step.expression()
-            if expression is not None and step.result is None and step.unchanged():  # type: ignore[union-attr]
+            if expression is None:
+                continue
+            if step.result is not None:  # type: ignore[union-attr]  # C++ code had a hold on it then
+                step.expression = None  # type: ignore[union-attr]
+                _turned_into(expression, step.result.view_as(step.result))  # type: ignore[union-attr]  # who has the result keeps it
+            elif step.unchanged():  # type: ignore[union-attr]
                 _plain(expression)
-        if outside is None and _SCOPE.samples:
-            before, now = (torch.cat([sample.reshape(-1).double() for sample in samples]) for samples in zip(*_SCOPE.samples, strict=True))
-            if not _same(before, now):
-                raise RuntimeError(_CHANGED)
+        if outside is None:
+            _SCOPE.compare_samples()
     finally:
         _SCOPE.made = outside
         if outside is None:

@@ -13,6 +13,7 @@ that gradients reach its parameters, and the gates get their values from the sam
 
 from __future__ import annotations
 
+import math
 import re
 from functools import lru_cache
 from typing import Any
@@ -219,7 +220,7 @@ def _mul(args: tuple, kwargs: dict[str, Any]) -> Any:
     if type(scale) in (Tensor, nn.Parameter):
         known = scale.dim() == 0 and scale.is_floating_point() and scale.device == delta.device
     else:
-        known = type(scale) in (int, float)
+        known = type(scale) in (int, float) and math.isfinite(scale)
     return express(Scaled(delta, scale), expression, scale) if known else NotImplemented
 
 

@@ -88,6 +88,7 @@ def steer(
         pools = pool is not None and index == len(members) - 1
         # Before the hooks that are there already, so that they see the steered stream.
         member.register_forward_hook(SteerAfter(steering, index, pools, index == written), prepend=True)
+    encoder.register_forward_pre_hook(TellsTheEncoder(steering))
     if pool is not None:
         encoder.register_forward_pre_hook(NeedsEveryLayer(steering, owner))
         encoder.register_forward_hook(PooledOnce(steering), prepend=True, always_call=True)  # before hooks that change the output
@@ -168,6 +169,17 @@ class SteerAfter:
                 )
             running.returned, running.pooled = returned, y.shape[1]
         return y
+
+
+class TellsTheEncoder:
+    """Forward pre-hook: an encoder that is a copy lets its layers know, which then ask it for the aligner."""
+
+    def __init__(self, steering: Steering) -> None:
+        self.steering = steering
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.steering.aligner_of(module)
 
 
 class NeedsEveryLayer:

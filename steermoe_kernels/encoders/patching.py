@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends import get_backend
@@ -41,6 +42,8 @@ def patch_steermoe(model: nn.Module, *, backend: str = "auto") -> nn.Module:
     - Writing to the stream between ``router(x)`` and the sum makes the sum raise RuntimeError: what the gates are made of is gone. In
       inference mode that is told by one number of each frame, so a write that leaves all of these as they are goes unnoticed, as does one
       while a CUDA graph is captured, and, in any mode, one through ``.data``.
+    - Changing ``requires_grad`` of the stream or a parameter in between raises the same, and the fused backward wants parameters unchanged
+      that the public one, of a frozen router, does not need.
     - Second derivatives raise RuntimeError, and so does an ``autograd.Function`` that writes in place to what it got of the formula.
 
     Raises TypeError for anything but a module, ValueError where there is no such part, and as `get_backend`.
@@ -103,6 +106,7 @@ class PatchedRouter(Swapped):
             torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
             or self._forward_hooks
             or self._forward_pre_hooks
             or self._backward_hooks

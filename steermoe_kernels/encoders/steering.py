@@ -25,14 +25,18 @@ class Steering:
         self.feature_dim, self.num_layers = aligner.feature_dim, aligner.num_layers
         self.pool, self.pool_size = pool, pool_size
         self._aligner = aligner  # the last one seen, for layers that outlive their encoder
-        # Weak, as the encoder holds its layers and they hold this: it is to be freed at once when it is let go.
+        # Weak, as the encoder holds its layers and they hold this: it is to be freed at once when it is let go. And it does not go along
+        # with a layer that is copied or saved alone; a copy of the whole encoder tells which it is when it runs.
         self._encoder: weakref.ref[nn.Module] | None = weakref.ref(encoder)
 
     @property
     def aligner(self) -> FusedSteerMoE:
         """The encoder's aligner, for a layer that does not get it from a pass. Raises as `aligner_of`."""
-        encoder = None if self._encoder is None else self._encoder()
+        encoder = self._known_encoder()
         return self._aligner if encoder is None else self.aligner_of(encoder)
+
+    def _known_encoder(self) -> nn.Module | None:
+        return None if self._encoder is None else self._encoder()
 
     def aligner_of(self, encoder: nn.Module) -> FusedSteerMoE:
         """``encoder.steering``, or what it wraps, where ``encoder`` is the steered one or a replica of it.
@@ -44,8 +48,11 @@ class Steering:
             found = method.__self__  # a wrapper that forwards attributes forwards methods of what it has in use
         if not isinstance(found, FusedSteerMoE) or (found.feature_dim, found.num_layers) != (self.feature_dim, self.num_layers):
             self._refuse(type(encoder).__name__, found)
-        if not torch.compiler.is_compiling() and found is not self._aligner and self._encoder is not None and self._encoder() is encoder:
-            self._aligner = found
+        if not torch.compiler.is_compiling():
+            if (known := self._known_encoder()) is None:
+                self._encoder = weakref.ref(encoder)
+            if known is None or known is encoder:
+                self._aligner = found
         return found
 
     def _refuse(self, name: str, found: Any) -> NoReturn:
@@ -61,8 +68,4 @@ class Steering:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_encoder": None if self._encoder is None else self._encoder()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        encoder = state["_encoder"]
-        self.__dict__.update(state, _encoder=None if encoder is None else weakref.ref(encoder))
+        return self.__dict__ | {"_encoder": None}

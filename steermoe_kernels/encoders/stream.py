@@ -98,7 +98,10 @@ class SteeredLayer(Steered):
         dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         # Autocast may widen what a norm returns for a half-precision stream, differently from device to device.
         if not encoder_pass.hands_over or (dtype.itemsize < 4 and torch.is_autocast_enabled(x.device.type)):
-            return aligner(x if residual is None else residual + x, place.layer, parameters=parameters)
+            u = x if residual is None else residual + x
+            if type(aligner).forward is not FusedSteerMoE.forward:
+                return aligner(u, place.layer)  # a subclass's, which need not take slices
+            return aligner(u, place.layer, parameters=parameters)
         y, normed = aligner.steer_norm(
             x,
             place.layer,
@@ -179,13 +182,16 @@ def _is_unseen(layer: Any, norm: nn.Module) -> bool:
     """
     if not isinstance(layer, SteeredLayer) or layer._place.norm is not norm:
         return False
-    if layer.training and getattr(layer, "gradient_checkpointing", False):
+    if layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled():
         return False
     return not (_is_watched(layer) or _is_watched(norm))
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody's hooks, or a forward put around the module's, see what the module takes and returns."""
+    """Whether somebody's hooks, or a forward put around the module's or its class's, see what the module takes and returns."""
+    swapped = next((kind for kind in type(module).__mro__ if "_plain" in vars(kind)), None)
+    if swapped is None or type(module).forward is not swapped.forward:  # type: ignore[attr-defined]
+        return True
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or has_forward_of_its_own(module):
         return True
     return any(getattr(hook, "__module__", None) != _RECORDER for hook in module._forward_hooks.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -28,9 +29,9 @@ from steermoe_kernels.backends import Options, get_backend
 
 ROOT = Path(__file__).parents[2]
 SOURCES, EMULATOR = ROOT / "csrc" / "cuda", Path(__file__).parent / "cuda_emulator"
-COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0]) or shutil.which("g++")
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 
-if COMPILER is None:
+if shutil.which(COMPILER[0]) is None:
     pytest.skip("there is no C++ compiler to build the emulated kernels with", allow_module_level=True)
 if importlib.util.find_spec("pybind11") is None:
     pytest.skip("pybind11, which the emulated kernels are bound with, is not installed", allow_module_level=True)
@@ -83,13 +84,13 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Device:
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
-        subprocess.run([COMPILER, *flags, *includes, "-c", "-x", "c++", source, "-o", target], check=True, capture_output=True, text=True)
+        subprocess.run([*COMPILER, *flags, *includes, "-c", "-x", "c++", source, "-o", target], check=True, capture_output=True, text=True)
         return target
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     library = folder / "_cuda_emulated.so"
-    subprocess.run([COMPILER, "-shared", *objects, "-o", library], check=True)
+    subprocess.run([*COMPILER, "-shared", *objects, "-o", library], check=True)
     return Device(library)
 
 

@@ -60,8 +60,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Interpreted:
     # Both architectures' PTX is the same. ptxas is not asked, and CUDA's runtime is left out. The host's code is as it is in the package.
     kernels = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-gencode=arch=compute_80,code=compute_80"]
     kernels += ["-cudart=none", "-Xcompiler=-fPIC", '-DSTEER_ARCHITECTURES="interpreted"', "--keep", f"--keep-dir={folder}"]
-    bindings = [str(COMPILER), "-std=c++17", "-O1", "-fPIC", *module, *includes]
-    interpreter = [str(COMPILER), "-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-fno-math-errno", *includes]
+    bindings = [*COMPILER, "-std=c++17", "-O1", "-fPIC", *module, *includes]
+    interpreter = [*COMPILER, "-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-fno-math-errno", *includes]
     runtime = [NVCC, "-std=c++20", "-O2", "-Xcompiler=-fPIC", *includes]  # for CUDA's headers, whose place nvcc knows
 
     def compile_one(job: tuple[Path, list[str]]) -> Path:
@@ -77,7 +77,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Interpreted:
         objects = list(pool.map(compile_one, jobs))
     library = folder / "_cuda_interpreted.so"
     # Its own functions of the runtime, also where PyTorch has brought CUDA's.
-    subprocess.run([str(COMPILER), "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(library)], check=True)
+    subprocess.run([*COMPILER, "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(library)], check=True)
     device = Interpreted(library, sorted(folder.glob("*.ptx")))
     if what := device.not_understood():
         pytest.skip(f"this nvcc writes PTX that the interpreter, made for CUDA 13.0's, does not know: {what}")

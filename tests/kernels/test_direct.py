@@ -560,3 +560,14 @@ def test_a_backend_without_a_direct_way() -> None:
     assert not hasattr(get_backend("reference"), "direct")
     eager.forget_ways()
     assert eager._direct_way(torch.device("cpu"), torch.float32, 3, None, "", 0.0, False, None, 1, None, True, "reference") is None
+
+
+@pytest.mark.parametrize("direct", ["0", "1"])
+def test_gradients_enabled_within_inference_mode_are_not_kept(monkeypatch: pytest.MonkeyPatch, direct: str) -> None:
+    monkeypatch.setenv("STEERMOE_DIRECT", direct)
+    inputs, _ = draw(Problem(frames=5, width=64, num_experts=8), torch.float32)
+    expected = SF.steer(*(inputs[name].detach() for name in ("x", "weight", "bias", "vectors", "scale")))
+    with torch.inference_mode(), torch.enable_grad():
+        h = inputs["x"] + 0
+        y, gates = SF.steer(h, *(inputs[name] for name in ("weight", "bias", "vectors", "scale")))
+    assert torch.equal(y, expected[0]) and torch.equal(gates, expected[1]) and not y.requires_grad

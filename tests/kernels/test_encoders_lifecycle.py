@@ -246,6 +246,30 @@ def test_a_pickled_encoder_comes_back_steered(encoder: nn.Module, x: Tensor, sav
     assert torch.equal(run(unsteer_encoder(twin), x), plain)
 
 
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))])
+def test_a_copy_asks_itself_for_its_aligner(encoder: nn.Module, x: Tensor, how: Any) -> None:
+    again = how(steer_encoder(encoder, aligner_for(encoder)))
+    assert torch.equal(run(again, x), run(encoder, x))
+    again.steering = aligner_for(unsteer_encoder(copy.deepcopy(encoder)))
+    torch.nn.init.zeros_(again.steering.layer_scales)
+    torch.testing.assert_close(run(again, x), run(unsteer_encoder(encoder), x))
+
+
+def test_a_layer_that_is_saved_or_copied_leaves_the_encoder_behind(encoder: nn.Module, x: Tensor) -> None:
+    steer_encoder(encoder, aligner_for(encoder))
+    layer, numbers = encoders._kind(unsteer_encoder(copy.deepcopy(encoder))).layers(encoder)[0], 0
+    for module in (layer, encoder.steering):
+        numbers += sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    saved = io.BytesIO()
+    torch.save(layer, saved)
+    assert saved.tell() < numbers + 20_000
+    gone = weakref.ref(copied := copy.deepcopy(encoder))
+    alone = copy.deepcopy(encoders._kind(unsteer_encoder(copy.deepcopy(copied))).layers(copied)[0])
+    del copied
+    gc.collect()
+    assert gone() is None and alone is not None
+
+
 def test_a_pickled_encoder_comes_back_in_another_process(tmp_path: Any) -> None:
     encoder, x = whisper().eval(), spectrograms()
     steer_encoder(encoder, aligner_for(encoder))

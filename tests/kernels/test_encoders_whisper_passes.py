@@ -307,6 +307,15 @@ def a_wrapped_layer(encoder: nn.Module) -> dict[str, Any]:
     return {}
 
 
+def a_class_of_their_own(encoder: nn.Module) -> dict[str, Any]:
+    class Seeing(type(encoder.layers[1])):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return super().forward(*args, **kwargs)
+
+    encoder.layers[1].__class__ = Seeing
+    return {}
+
+
 @pytest.mark.parametrize(
     "seen",
     [
@@ -318,6 +327,7 @@ def a_wrapped_layer(encoder: nn.Module) -> dict[str, Any]:
         another_norm,
         a_wrapped_forward,
         a_wrapped_layer,
+        a_class_of_their_own,
     ],
 )
 def test_no_norm_is_computed_for_nothing_where_somebody_sees_the_stream(monkeypatch: pytest.MonkeyPatch, seen: Any) -> None:
@@ -326,6 +336,27 @@ def test_no_norm_is_computed_for_nothing_where_somebody_sees_the_stream(monkeypa
     calls = Calls(monkeypatch)
     ours(draw_input().float(), **options)
     assert (calls.steer_norm, calls.steer, calls.layer_norm) == (0, LAYERS, 2 * LAYERS + 1)
+
+
+def test_checkpoints_that_are_not_taken_do_not_slow_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients the library takes none."""
+    ours, _ = pair(plain_encoder(), torch.float32)
+    ours.gradient_checkpointing_enable()
+    ours.train()
+    calls = Calls(monkeypatch)
+    with torch.no_grad():
+        ours(draw_input().float())
+    assert calls.steer_norm == LAYERS and calls.steer == 0
+
+
+def test_an_aligner_whose_forward_takes_less_works_where_somebody_sees_the_stream() -> None:
+    class Former(FusedSteerMoE):
+        def forward(self, h: Tensor, layer: int = 0, *, return_gates: bool = False) -> Any:
+            return super().forward(h, layer, return_gates=return_gates)
+
+    encoder = plain_encoder()
+    steer_encoder(encoder, Former.for_encoder(encoder, EXPERTS).double())
+    torch.testing.assert_close(encoder(draw_input(), output_hidden_states=True)[0], encoder(draw_input())[0])
 
 
 def test_hidden_states_that_were_asked_for_once_do_not_slow_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:

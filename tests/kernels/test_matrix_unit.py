@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -27,11 +28,11 @@ from steermoe_kernels import available_backends
 from steermoe_kernels.backends import cpu
 
 SOURCES, MODEL = Path(__file__).parents[2] / "csrc", Path(__file__).parent / "matrix_unit" / "matrix_unit.h"
-COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0]) or shutil.which("g++")
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 
 if "cpu" not in available_backends() or not cpu._core().has_level("avx512bf16"):
     pytest.skip("the model of the matrix unit needs AVX-512 with bfloat16", allow_module_level=True)
-if COMPILER is None:
+if shutil.which(COMPILER[0]) is None:
     pytest.skip("there is no C++ compiler to build the kernels with", allow_module_level=True)
 if importlib.util.find_spec("pybind11") is None:
     pytest.skip("pybind11, which the kernels are bound with, is not installed", allow_module_level=True)
@@ -55,13 +56,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
         more = kernels if source.stem == "kernels" else []
-        subprocess.run([COMPILER, *flags, *more, "-c", source, "-o", target], check=True, capture_output=True, text=True)
+        subprocess.run([*COMPILER, *flags, *more, "-c", source, "-o", target], check=True, capture_output=True, text=True)
         return target
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sorted(sources, key=lambda source: source.stem != "kernels")))  # what takes longest first
     library = folder / "_cpu.so"
-    subprocess.run([COMPILER, "-shared", *objects, "-o", library, "-ldl"], check=True)
+    subprocess.run([*COMPILER, "-shared", *objects, "-o", library, "-ldl"], check=True)
     return library
 
 

@@ -211,6 +211,20 @@ def test_an_eps_that_is_left_to_torch(backend: str, device: torch.device, dtype:
     torch.testing.assert_close(normed, norm(y), rtol=2 * torch.finfo(y.dtype).eps, atol=1e-6)
 
 
+def test_an_eps_that_is_left_to_torch_does_not_hinder_tracers() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aligner, self.norm = FusedSteerMoE(16, 4, 1), nn.RMSNorm(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.aligner.steer_norm(x, 0, self.norm)[1]
+
+    torch.export.export(Net(), (torch.randn(2, 3, 16),), strict=False)
+    with torch.device("meta"):
+        assert Net()(torch.randn(2, 3, 16)).shape == (2, 3, 16)
+
+
 # --- router and prompt_proj that are not plain ------------------------------------------------------------------------------------------
 
 
