@@ -126,7 +126,9 @@ class SteeredWhisperEncoder(Steered):
                 f"attention_mask must be (batch, frames), {(input_features.shape[0], input_features.shape[2])}, "
                 f"got {tuple(attention_mask.shape)}"
             )
-        collected = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+        collected = kwargs.get("output_hidden_states")
+        if collected is None:  # some versions of the library take that for the config's word, others for no
+            collected = getattr(self.config, "output_hidden_states", False)
         encoder_pass = begin_pass(self, self._steering, layers(self), _norms(self), collected=bool(collected))
         input_features = enter_checkpoints(encoder_pass.aligner, self.layers, input_features)
         if input_features.shape[2] == longest and attention_mask is None:
