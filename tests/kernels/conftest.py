@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from problems import device_for
+from small_encoders import KINDS
 
 from steermoe_kernels import backends, eager
 from steermoe_kernels import functional as SF
@@ -86,3 +87,20 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     steer = SF.steer
     monkeypatch.setattr(SF, "steer", lambda h, *args, **options: shapes.append(tuple(h.shape)) or steer(h, *args, **options))
     return shapes
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Which of the small encoders ``encoder`` is, and what ``x`` it takes."""
+    return request.param
+
+
+@pytest.fixture
+def encoder(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return KINDS[kind][0]().eval()
+
+
+@pytest.fixture
+def x(kind: str) -> torch.Tensor:
+    return KINDS[kind][1]()
