@@ -41,21 +41,22 @@ def test_writing_to_the_stream_is_noticed_in_inference_mode(written: str, monkey
         ours(draw().float())
 
 
-@pytest.mark.parametrize("channels", ["contiguous", "strided"])
-def test_every_frame_is_looked_at_in_inference_mode(channels: str) -> None:
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_every_frame_and_channel_is_looked_at_in_inference_mode(layout: str) -> None:
     """Also where there are more frames than channels, and where these do not lie one after another."""
     frames = 3 * WIDTH + 2
-    for frame in range(frames):
+    places = [(0, frame) for frame in range(frames)] + [(..., channel) for channel in range(WIDTH)]
+    for place in places:
 
-        def body(m: Any, x: Tensor, layer: int, frame: int = frame) -> Any:
+        def body(m: Any, x: Tensor, layer: int, place: Any = place) -> Any:
             gates = gates_of(m, x, layer)
-            x[0, frame].mul_(3)
+            x[place] *= 3
             return x + m.layer_scales[layer] * delta_of(m, gates, layer), gates
 
         ours = patch_steermoe(Loop(body))
-        x = torch.randn(1, frames, WIDTH) if channels == "contiguous" else torch.randn(1, WIDTH, frames).mT
+        x = torch.randn(1, WIDTH, frames).mT if layout == "strided" else torch.randn(1, frames, WIDTH)
         with torch.inference_mode(), pytest.raises(RuntimeError, match="changed in place after the router"):
-            ours.body(ours, x + 0 if channels == "contiguous" else (x.mT + 0).mT, 0)
+            ours.body(ours, x + 0, 0)
 
 
 @pytest.mark.parametrize("change", [lambda m, x: x.requires_grad_(), lambda m, x: m.router.weight.requires_grad_(False)])
