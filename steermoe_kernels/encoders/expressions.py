@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["TAKEN_UP", "Expression", "Mode", "Step", "express", "no_expressions_left", "opened"]
+__all__ = ["TAKEN_UP", "Expression", "Mode", "Step", "express", "no_expressions_left", "open_step"]
 
 TAKEN_UP: dict[Any, Callable[[tuple, dict[str, Any]], Any]] = {}
 """What a torch function makes of its arguments, one of them an expression, without computing it; or NotImplemented."""
@@ -46,7 +46,8 @@ class Mode:
         self.device = device
         self.settings = self._now()
         self.grad, self.inference, forward_mode, self.autocast, _, _ = self.settings
-        self.in_function = not forward_mode and not self.inference  # the forward of an autograd.Function, that is
+        # The forward of an autograd.Function, which turns these off: what it returns gets another history than what it was made from.
+        self.in_function = not forward_mode and not self.inference
 
     def _now(self) -> tuple[Any, ...]:
         autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else None
@@ -82,7 +83,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _mark(tensor: Tensor) -> Any:
+def _state_of(tensor: Tensor) -> Any:
     """What tells whether ``tensor`` was written to since, or became a leaf: its version; of inference tensors, which have none, a few
     numbers."""
     return _sample(tensor).clone() if tensor.is_inference() else (tensor._version, tensor.requires_grad)
@@ -144,7 +145,8 @@ class Step:
     expression: weakref.ref[Expression] | None = None
     """What stands for the step, until it turns into the result."""
     differentiable: bool
-    _mark: Any = None
+    _state: Any = None
+    """Of the result, while something derived from it is still open: nobody may have written to it since."""
     _detached: Tensor | None = None
     _computing = False
 
@@ -158,7 +160,7 @@ class Step:
                 value.derived.append(weakref.ref(self))
                 differentiable |= value.differentiable
             elif isinstance(value, Tensor):
-                self.marks.append((value, _mark(value)))
+                self.marks.append((value, _state_of(value)))
                 differentiable |= value.requires_grad
         self.differentiable = differentiable and mode.grad and not mode.inference
 
@@ -178,7 +180,7 @@ class Step:
             try:
                 with self.mode.restored():
                     self._take(self.compute(*(step.value() if isinstance(step, Step) else step for step in self.inputs)))
-                    self._mark = _mark(self.result) if self.derived else None  # type: ignore[arg-type]
+                    self._state = _state_of(self.result) if self.derived else None  # type: ignore[arg-type]
                     for derived in [derived() for derived in self.derived]:
                         if derived is not None and not derived._computing:
                             derived.value()
@@ -191,7 +193,7 @@ class Step:
     def become(self, value: Tensor) -> None:
         """Take a ``value`` that was computed elsewhere. What is derived from it stays open, as long as nobody writes to the value."""
         self._take(value)
-        self._mark = _mark(self.result) if self.derived else None  # type: ignore[arg-type]
+        self._state = _state_of(self.result) if self.derived else None  # type: ignore[arg-type]
         if not self.differentiable:  # else C++ code may still ask for gradients
             self.forget()
 
@@ -218,7 +220,7 @@ class Step:
                 if step.result is None:
                     if not step.unchanged():
                         return False
-                elif step._mark is not None and _changed(step.result, step._mark):
+                elif step._state is not None and _changed(step.result, step._state):
                     return False
         return True
 
@@ -301,6 +303,7 @@ def _writes(func: Callable[..., Any]) -> bool:
     return name in _WRITING or (name.endswith("_") and not name.endswith("__"))
 
 
+# Questions that an expression answers without being computed.
 _KNOWN_BEFORE = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")),
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.__len__),
@@ -343,7 +346,7 @@ def _bare(step: Step) -> Expression:
     return expression
 
 
-def opened(expression: Any, kinds: Any) -> Any:
+def open_step(expression: Any, kinds: Any) -> Any:
     """Its step, if it is of one of the ``kinds`` and the next may be added to it, instead of computing it; else None."""
     if not isinstance(expression, Expression):
         return None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import functional as SF
 from ..reference import compute_dtype
-from .expressions import TAKEN_UP, Expression, Mode, Step, express, opened
+from .expressions import TAKEN_UP, Expression, Mode, Step, express, open_step
 
 __all__ = ["router_logits"]
 
@@ -150,7 +150,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _getitem(args: tuple, kwargs: dict[str, Any]) -> Any:
     whole, index = args
-    logits = opened(whole, Logits)
+    logits = open_step(whole, Logits)
     rows = None if logits is None else _last_dimension(logits.shape, index)
     return NotImplemented if rows is None else express(SomeLogits(logits, rows), whole)
 
@@ -176,7 +176,7 @@ def _last_dimension(shape: tuple[int, ...], index: Any) -> slice | None:
 def _softmax(args: tuple, kwargs: dict[str, Any]) -> Any:
     options = dict(zip(("input", "dim"), args, strict=False)) | kwargs
     expression = options.pop("input", None)
-    logits = opened(expression, Logits)
+    logits = open_step(expression, Logits)
     if logits is None or len(args) > 2:
         return NotImplemented
     dim = options.pop("dim", None)
@@ -202,7 +202,7 @@ def _matmul(args: tuple, kwargs: dict[str, Any]) -> Any:
     if kwargs or len(args) != 2:
         return NotImplemented
     left, right = args
-    step: Any = opened(left, (Logits, Gates))
+    step: Any = open_step(left, (Logits, Gates))
     if step is None or type(right) not in (Tensor, nn.Parameter) or right.dim() != 2 or right.shape[0] != step.shape[-1]:
         return NotImplemented
     if isinstance(step, Gates):
@@ -214,7 +214,7 @@ def _mul(args: tuple, kwargs: dict[str, Any]) -> Any:
     if kwargs or len(args) != 2:
         return NotImplemented
     expression, scale = args if isinstance(args[0], Expression) else args[::-1]
-    delta: Any = opened(expression, Delta)
+    delta: Any = open_step(expression, Delta)
     if delta is None:
         return NotImplemented
     if type(scale) in (Tensor, nn.Parameter):
@@ -228,7 +228,7 @@ def _add(args: tuple, kwargs: dict[str, Any]) -> Any:
     if kwargs or len(args) != 2:
         return NotImplemented
     expression, x = args if isinstance(args[0], Expression) else args[::-1]
-    step: Any = opened(expression, (Delta, Scaled))
+    step: Any = open_step(expression, (Delta, Scaled))
     if step is None:
         return NotImplemented
     delta, scale = (step.delta, step.scale) if isinstance(step, Scaled) else (step, 1.0)
